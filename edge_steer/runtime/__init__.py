@@ -1,0 +1,1 @@
+"""Running models: the native hook, and llama.cpp with it."""

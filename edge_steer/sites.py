@@ -1,0 +1,222 @@
+"""Sites: the places in a transformer block where an activation is read and turned.
+
+A site is the output of a normalisation, scale included. llama.cpp names it in the compute graph, Hugging Face
+has it as a module, and a known set of weights reads it. This file is the one table of those names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edge_steer.errors import SteerError
+
+# Kinds of site in the order in which a token meets them within one block.
+KINDS = ("attn_norm", "attn_norm_2", "attn_post_norm", "ffn_norm", "ffn_post_norm", "layer_out")
+DEFAULT_KINDS = ("attn_norm", "attn_norm_2", "ffn_norm")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: `kind` (a key of KINDS) in block `layer` (0-based). Written `blk.20.attn_norm`. Sorts in network order."""
+
+    layer: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"blk.{self.layer}.{self.kind}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __lt__(self, other: Site) -> bool:
+        return (self.layer, KINDS.index(self.kind)) < (other.layer, KINDS.index(other.kind))
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """The site called `name`. Raises SteerError for anything that is not `blk.N.KIND`."""
+        match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.([a-z0-9_]+)", name)
+        if match is None or match[2] not in KINDS:
+            raise SteerError(f"expected a site like blk.20.attn_norm (kinds: {', '.join(KINDS)}), got {name!r}")
+        return cls(int(match[1]), match[2])
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """How one kind of site is named in one architecture.
+
+    tensor:  llama.cpp graph node, without its `-{layer}`.
+    module:  submodule of the Hugging Face layer; empty for the layer itself.
+    readers: GGUF weights of the block that may read it (those that the file holds, do). Empty: none, it writes to
+             the residual stream. None: not known, so nothing can be exported exactly.
+    """
+
+    tensor: str
+    module: str
+    readers: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `general.architecture`: its kinds of site, and where Hugging Face keeps the blocks."""
+
+    name: str
+    kinds: dict[str, SiteKind]
+    layers: str = "model.layers"
+
+    def kinds_for(self, choice: str) -> tuple[str, ...]:
+        """Kinds meant by `--sites`: `default`, `all`, `layer_out`, or a comma-separated list of kinds."""
+        if choice == "default":
+            wanted: Sequence[str] = [kind for kind in DEFAULT_KINDS if kind in self.kinds]
+            wanted = wanted or [kind for kind in self.kinds if kind != "layer_out"]
+        elif choice == "all":
+            wanted = [kind for kind in self.kinds if kind != "layer_out"]
+        else:
+            wanted = [kind.strip() for kind in choice.split(",")]
+        for kind in wanted:
+            if kind not in self.kinds:
+                known = ", ".join(self.kinds)
+                raise SteerError(f"expected sites among default, all, {known} for architecture {self.name}, got {kind!r}")
+        return tuple(kind for kind in KINDS if kind in wanted)
+
+    def sites(self, block_count: int, choice: str = "default") -> tuple[Site, ...]:
+        """Every site of `choice` in a model of `block_count` blocks, in network order."""
+        kinds = self.kinds_for(choice)
+        return tuple(Site(layer, kind) for layer in range(block_count) for kind in kinds)
+
+    def tensor(self, site: Site) -> str:
+        """Name of the site's node in llama.cpp's graph, such as `attn_norm-20`."""
+        return f"{self.kinds[site.kind].tensor}-{site.layer}"
+
+    def module(self, site: Site) -> str:
+        """Dotted path of the site's module in the Hugging Face model."""
+        return f"{self.layers}.{site.layer}.{self.kinds[site.kind].module}".rstrip(".")
+
+    def readers(self, site: Site, tensors: Iterable[str]) -> tuple[str, ...]:
+        """Names among `tensors` (of a GGUF) of the weights that read `site`.
+
+        Raises SteerError where they cannot be known: a site that writes to the residual stream, an architecture
+        without a table, a file that holds none of them.
+        """
+        suffixes = self.kinds[site.kind].readers
+        if suffixes is None:
+            raise SteerError(f"the weights that read {site} in architecture {self.name} are not known; use the hook")
+        if not suffixes:
+            raise SteerError(f"{site} writes to the residual stream, no single weight reads it; use the hook")
+        present = set(tensors)
+        found = tuple(
+            name for suffix in suffixes if (name := f"blk.{site.layer}.{suffix}.weight") in present
+        )
+        if not found:
+            raise SteerError(f"expected one of {', '.join(suffixes)} in block {site.layer} to read {site}, found none")
+        return found
+
+
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
+_FEED_FORWARD = (
+    "ffn_gate", "ffn_up",
+    "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps",
+    "ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp",
+)  # fmt: skip
+_OUT = SiteKind("l_out", "", ())
+
+
+def _pre_norm(name: str, *, known: bool = True) -> Architecture:
+    """Norm before attention and before the feed-forward network: Llama, Mistral, Qwen, Phi-3 and most others."""
+    return Architecture(
+        name,
+        {
+            "attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION if known else None),
+            "ffn_norm": SiteKind("ffn_norm", "post_attention_layernorm", _FEED_FORWARD if known else None),
+            "layer_out": _OUT,
+        },
+    )
+
+
+def _sandwich_norm(name: str, *, known: bool = True) -> Architecture:
+    """Norms before and after both halves: Gemma-2, Gemma-3."""
+    return Architecture(
+        name,
+        {
+            "attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION if known else None),
+            "attn_post_norm": SiteKind("attn_post_norm", "post_attention_layernorm", ()),
+            "ffn_norm": SiteKind("ffn_norm", "pre_feedforward_layernorm", _FEED_FORWARD if known else None),
+            "ffn_post_norm": SiteKind("ffn_post_norm", "post_feedforward_layernorm", ()),
+            "layer_out": _OUT,
+        },
+    )
+
+
+def _one_norm(name: str, layers: str, module: str = "input_layernorm") -> Architecture:
+    """One norm that both halves read: Phi-2, Command-R."""
+    readers = _ATTENTION + _FEED_FORWARD
+    return Architecture(name, {"attn_norm": SiteKind("attn_norm", module, readers), "layer_out": _OUT}, layers)
+
+
+def _gpt_neox() -> Architecture:
+    known = _pre_norm("gptneox")
+    return Architecture("gptneox", known.kinds, "gpt_neox.layers")
+
+
+def _falcon(two_norms: bool = False) -> Architecture:
+    """Falcon-7B: one norm for both halves. Falcon-40B: `attn_norm_2`, from which its attention reads, beside it."""
+    kinds = {"attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION + _FEED_FORWARD), "layer_out": _OUT}
+    if two_norms:
+        kinds = {
+            "attn_norm": SiteKind("attn_norm", "ln_mlp", _FEED_FORWARD),
+            "attn_norm_2": SiteKind("attn_norm_2", "ln_attn", _ATTENTION),
+            "layer_out": _OUT,
+        }
+    return Architecture("falcon", kinds, "transformer.h")
+
+
+_KNOWN = (
+    *map(_pre_norm, ("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma", "smollm3", "olmoe")),
+    *map(_sandwich_norm, ("gemma2", "gemma3")),
+    _one_norm("phi2", "model.layers"),
+    _one_norm("command-r", "model.layers"),
+    _falcon(),
+    _gpt_neox(),
+)
+# Graph node names read off llama.cpp's model sources; which weights read them is not checked, so they only run live.
+_HOOK_ONLY_PRE_NORM = (
+    "apertus", "arcee", "baichuan", "bailingmoe", "bailingmoe2", "chatglm", "codeshell", "deci", "deepseek", "deepseek2",
+    "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone-moe", "glm4", "gpt2", "granite", "granitemoe", "grovemoe",
+    "hunyuan-moe", "internlm2", "jais", "jais2", "llama4", "maincoder", "minicpm", "minicpm3", "minimax-m2", "mpt",
+    "nemotron", "olmo", "openelm", "orion", "pangu-embedded", "qwen", "refact", "smallthinker", "stablelm", "starcoder",
+    "starcoder2", "xverse",
+)  # fmt: skip
+_HOOK_ONLY_SANDWICH_NORM = ("afmoe", "gemma3n", "gemma4")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        *_KNOWN,
+        *(_pre_norm(name, known=False) for name in _HOOK_ONLY_PRE_NORM),
+        *(_sandwich_norm(name, known=False) for name in _HOOK_ONLY_SANDWICH_NORM),
+    )
+}
+
+# Hugging Face `model_type` → GGUF `general.architecture`.
+MODEL_TYPES = {
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "smollm3": "smollm3",
+    "qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3",
+    "phi3": "phi3", "phi": "phi2", "cohere": "command-r", "falcon": "falcon", "gpt_neox": "gptneox",
+}  # fmt: skip
+
+
+def architecture(name: str, tensors: Iterable[str] = ()) -> Architecture:
+    """The architecture called `name` in GGUF; `tensors` of the file tell variants apart (Falcon-40B).
+
+    Raises SteerError that lists the known ones.
+    """
+    if name == "falcon" and "blk.0.attn_norm_2.weight" in tensors:
+        return _falcon(two_norms=True)
+    try:
+        return ARCHITECTURES[name]
+    except KeyError:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise SteerError(f"the sites of architecture {name!r} are not known; known: {known}") from None

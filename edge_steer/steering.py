@@ -1,0 +1,265 @@
+"""The Steering: one frozen value that says where, in which plane and how activations are turned.
+
+Letters: S sites, L planes, rank 1 or 2, d model width. Angles are degrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_steer.errors import FormatError, MismatchError, SteerError
+from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
+from edge_steer.sites import Site
+
+Operator = Literal["selective", "standard", "adaptive", "ablation", "addition"]
+Plane = Literal["local", "global"]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
+PLANES: tuple[Plane, ...] = get_args(Plane)
+RANK = {"selective": 2, "standard": 2, "adaptive": 2, "ablation": 1, "addition": 1}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model a steering is for. `tokenizer_sha256` is None where it was not calibrated on a GGUF."""
+
+    architecture: str
+    name: str
+    block_count: int
+    embedding_length: int
+    tokenizer_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a steering was made. `date` is ISO 8601, `version` that of edge-steer."""
+
+    recorder: str = ""
+    model: str = ""
+    prompts_sha256: str = ""
+    version: str = ""
+    date: str = ""
+    positive_count: int = 0
+    negative_count: int = 0
+
+
+def _frozen(array: Any, dtype: Any) -> NDArray[Any]:
+    copy = np.array(array, dtype=dtype)
+    copy.flags.writeable = False
+    return copy
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What `calibrate` makes and every engine applies. Raises FormatError where its parts contradict each other.
+
+    sites:      S sites in network order, all that were calibrated.
+    mask:       (S,) bool, steered or not.
+    site_plane: (S,) uint32, which plane a site uses.
+    basis:      (L, rank, d) float32, orthonormal rows b1 (and b2) of each plane.
+    separation: (S,) float32, distance of the class means along b1 in pooled standard deviations; NaN: not measured.
+    mean_norm:  (S,) float32, mean ‖h‖ at the site; NaN: not measured.
+    threshold:  of `adaptive`. angle: default dial. angle_min, angle_max: safe range. NaN: not measured.
+    """
+
+    name: str
+    operator: Operator
+    plane: Plane
+    sites: tuple[Site, ...]
+    mask: NDArray[np.bool_]
+    site_plane: NDArray[np.uint32]
+    basis: NDArray[np.float32]
+    base: BaseModel
+    separation: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    mean_norm: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    description: str = ""
+    positive: str = "positive"
+    negative: str = "negative"
+    threshold: float = math.nan
+    angle: float = math.nan
+    angle_min: float = math.nan
+    angle_max: float = math.nan
+    made: Made = field(default_factory=Made)
+
+    def __post_init__(self) -> None:
+        count = len(self.sites)
+        unmeasured = np.full(count, np.nan, np.float32)
+        set_ = object.__setattr__
+        set_(self, "sites", tuple(self.sites))
+        set_(self, "mask", _frozen(self.mask, np.bool_))
+        set_(self, "site_plane", _frozen(self.site_plane, np.uint32))
+        set_(self, "basis", _frozen(self.basis, np.float32))
+        for name in ("separation", "mean_norm"):
+            given = getattr(self, name)
+            set_(self, name, _frozen(given if len(given) else unmeasured, np.float32))
+        self._check(count)
+
+    def _check(self, count: int) -> None:
+        def demand(truth: bool, expected: str, got: object) -> None:
+            if not truth:
+                raise FormatError(f"steering {self.name!r}: expected {expected}, got {got}")
+
+        demand(self.operator in OPERATORS, f"an operator among {', '.join(OPERATORS)}", repr(self.operator))
+        demand(self.plane in PLANES, f"a plane among {', '.join(PLANES)}", repr(self.plane))
+        demand(count > 0, "at least one site", "none")
+        demand(len(set(self.sites)) == count, "every site once", "a site twice")
+        for name in ("mask", "site_plane", "separation", "mean_norm"):
+            shape = getattr(self, name).shape
+            demand(shape == (count,), f"{name} of one value per site ({count})", f"shape {shape}")
+        demand(self.basis.ndim == 3, "basis of planes × rank × width", f"shape {self.basis.shape}")
+        planes, rank, width = self.basis.shape
+        demand(rank == RANK[self.operator], f"rank {RANK[self.operator]} for {self.operator}", rank)
+        demand(width == self.base.embedding_length, f"basis vectors of width {self.base.embedding_length}", width)
+        demand(planes > 0, "at least one plane", planes)
+        demand(int(self.site_plane.max()) < planes, f"plane numbers below {planes}", int(self.site_plane.max()))
+        last = max(site.layer for site in self.sites)
+        demand(last < self.base.block_count, f"sites in blocks below {self.base.block_count}", f"block {last}")
+        demand(bool(np.isfinite(self.basis).all()), "a finite basis", "NaN or infinity")
+        gram = np.einsum("prd,pqd->prq", self.basis.astype(np.float64), self.basis.astype(np.float64))
+        error = float(np.abs(gram - np.eye(rank)).max())
+        demand(error < 1e-4, "orthonormal planes", f"planes that miss it by {error:.2g}")
+        demand(not (self.angle_min > 0 or self.angle_max < 0), "a safe range around 0",
+               f"{self.angle_min} … {self.angle_max}")  # fmt: skip
+        for name in ("threshold", "angle", "angle_min", "angle_max"):
+            demand(not math.isinf(getattr(self, name)), f"a finite {name}", "infinity")
+        if self.operator == "adaptive":
+            demand(not math.isnan(self.threshold), "a threshold for adaptive", "NaN")
+        if self.operator == "addition":
+            norms = self.mean_norm[self.mask]
+            demand(bool(np.isfinite(norms).all()), "a mean norm at every steered site for addition", "NaN")
+
+    # --- what it does -------------------------------------------------------------------------------------------
+
+    @property
+    def steered(self) -> tuple[Site, ...]:
+        """The sites at which it acts."""
+        return tuple(site for site, on in zip(self.sites, self.mask, strict=True) if on)
+
+    def action(self, dial: float | None) -> Action | None:
+        """What it does to an activation with its dial at `dial`; None where it is off.
+
+        The dial is degrees for `selective` (turn by), `standard` and `adaptive` (turn to), the coefficient for
+        `addition`; `ablation` is on at any number. None is off for all, 0 also for `selective`.
+        """
+        if dial is None:
+            return None
+        if isinstance(dial, bool) or not math.isfinite(dial):
+            raise SteerError(f"steering {self.name!r}: expected a finite number or None for its dial, got {dial!r}")
+        match self.operator:
+            case "selective":
+                return TurnBy(dial) if dial != 0 else None
+            case "standard":
+                return TurnTo(dial)
+            case "adaptive":
+                return TurnTo(dial, self.threshold)
+            case "ablation":
+                return Ablate()
+            case "addition":
+                return Add(dial) if dial != 0 else None
+
+    def default_dial(self) -> float:
+        """The dial to use where none is given. Raises SteerError where the file has none."""
+        if self.operator == "ablation":
+            return 1.0
+        if math.isnan(self.angle):
+            raise SteerError(
+                f"steering {self.name!r} has no default angle: give one (FILE:8, --angle 8), or store a measured "
+                "range with `edge-steer sweep --write`"
+            )
+        return self.angle
+
+    def at_strength(self, strength: float) -> float:
+        """The dial at `strength` in −1…1 of the measured safe range. Raises SteerError where none was measured."""
+        if not -1 <= strength <= 1:
+            raise SteerError(f"expected a strength from -1 to 1, got {strength}")
+        end = self.angle_max if strength >= 0 else self.angle_min
+        if math.isnan(end):
+            raise SteerError(
+                f"steering {self.name!r} has no measured safe range: run `edge-steer sweep --write` or give an angle"
+            )
+        return abs(strength) * end
+
+    def basis_at(self, site: Site) -> NDArray[np.float32]:
+        """The basis (rank, d) in use at `site`."""
+        return self.basis[self.site_plane[self.sites.index(site)]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that changes what the steering does at a given dial: two that are equal here act alike."""
+        digest = hashlib.sha256()
+        mask = self.mask
+        for part in (
+            self.operator, " ".join(site.name for site in self.steered), repr(self.basis.shape),
+            repr(self.threshold if self.operator == "adaptive" else None),
+        ):  # fmt: skip
+            digest.update(part.encode() + b"\0")
+        digest.update(self.basis[self.site_plane[mask]].tobytes())
+        if self.operator == "addition":
+            digest.update(self.mean_norm[mask].tobytes())
+        return digest.hexdigest()
+
+    def with_(self, **changes: Any) -> Steering:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    # --- does it fit --------------------------------------------------------------------------------------------
+
+    def check_fits(self, model: BaseModel) -> str | None:
+        """Raise MismatchError, naming both values, where the steering is not for `model`.
+
+        Returns a warning where only the tokenizer differs, else None.
+        """
+        pairs = (
+            ("architecture", self.base.architecture, model.architecture),
+            ("width", self.base.embedding_length, model.embedding_length),
+            ("layers", self.base.block_count, model.block_count),
+        )
+        for what, wanted, found in pairs:
+            if wanted != found:
+                raise MismatchError(
+                    f"steering {self.name!r} is for {self.base.name or self.base.architecture}: "
+                    f"its {what} is {wanted}, the model's is {found}"
+                )
+        if not self.steered:
+            raise SteerError(f"steering {self.name!r} steers no site; calibrate it again with --mask all")
+        mine, theirs = self.base.tokenizer_sha256, model.tokenizer_sha256
+        if mine and theirs and mine != theirs:
+            return f"steering {self.name!r} was calibrated with another tokenizer ({mine[:12]}, not {theirs[:12]})"
+        return None
+
+    # --- its file -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> Steering:
+        """The one steering in the GGUF file `path`. Raises FormatError where it holds none or several."""
+        found = cls.load_all(path)
+        if len(found) != 1:
+            names = ", ".join(steering.name for steering in found)
+            raise FormatError(f"{path}: expected one steering, found {len(found)} ({names}); use Steering.load_all")
+        return found[0]
+
+    @classmethod
+    def load_all(cls, path: str | Path) -> list[Steering]:
+        """Every steering in the GGUF file `path`, in order: a steering file, or a model that embeds steerings."""
+        from edge_steer.steering_file import read
+
+        return read(Path(path))
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write a steering file of this one steering, whole or not at all. Refuses an existing `path` without `force`."""
+        save_all([self], path, force=force)
+
+
+def save_all(steerings: Sequence[Steering], path: str | Path, *, force: bool = False) -> None:
+    """Write a steering file of several steerings for one model, whole or not at all."""
+    from edge_steer.steering_file import write
+
+    write(list(steerings), Path(path), force=force)

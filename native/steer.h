@@ -1,0 +1,111 @@
+/* steer: turns activations inside llama.cpp, and records them.
+ *
+ * One hook belongs to one llama_context. llama.cpp calls steer_eval for every node of its compute graph; at the
+ * sites it was told of, the hook records the last row, then applies the steerings that are on, in order.
+ *
+ * The library links to nothing and keeps no globals: the ggml functions come from the caller. The caller owns the
+ * arrays it passes; those marked "kept" must outlive the hook, the others are copied. Setters and getters may only
+ * be called while no decode is running on the hook's context. Every function that can fail returns a steer_status.
+ *
+ * Letters: d model width, b1 and b2 the orthonormal rows of a plane, p1 = h.b1, p2 = h.b2.
+ */
+#ifndef STEER_H
+#define STEER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef _WIN32
+#define STEER_API __declspec(dllexport)
+#else
+#define STEER_API __attribute__((visibility("default")))
+#endif
+
+#define STEER_ABI 1
+
+enum steer_status {
+    STEER_OK = 0,
+    STEER_BAD_ARGUMENT = 1,   /* null pointer, number out of range, or a dial that is not finite */
+    STEER_NO_MEMORY = 2,
+    STEER_BAD_TYPE = 3,       /* a site's tensor is not F32 */
+    STEER_BAD_LAYOUT = 4,     /* a site's tensor is not contiguous */
+    STEER_BAD_WIDTH = 5,      /* a site's tensor is not d wide */
+    STEER_NO_BUFFER = 6,      /* a site's tensor has no memory, or none that the forced path can reach */
+};
+
+enum steer_op {
+    STEER_TURN_BY = 0, /* h + (x p1 - y p2) b1 + (x p2 + y p1) b2     dial: x = cos - 1, y = sin            */
+    STEER_TURN_TO = 1, /* h + (x r - p1) b1 + (y r - p2) b2, r = |p|  dial: x = cos, y = sin, z = threshold:
+                          only rows with p1 > z; -infinity for all                                          */
+    STEER_ABLATE = 2,  /* h - p1 b1                                   dial: none                            */
+    STEER_ADD = 3,     /* h + x r b1                                  dial: x = alpha; r is given per site  */
+};
+
+enum steer_path {
+    STEER_PATH_AUTO = 0, /* in place where the memory is the host's, else by copying */
+    STEER_PATH_HOST = 1,
+    STEER_PATH_COPY = 2,
+};
+
+struct ggml_tensor;
+
+/* ggml's functions, and the offsets of the two fields for which ggml exports no getter. */
+struct steer_ggml {
+    const char *(*get_name)(const struct ggml_tensor *);
+    int64_t (*nelements)(const struct ggml_tensor *);
+    int64_t (*nrows)(const struct ggml_tensor *);
+    bool (*is_contiguous)(const struct ggml_tensor *);
+    void *(*get_data)(const struct ggml_tensor *);
+    bool (*buffer_is_host)(void *buffer);
+    void (*tensor_get)(const struct ggml_tensor *, void *, size_t offset, size_t size);
+    void (*tensor_set)(struct ggml_tensor *, const void *, size_t offset, size_t size);
+    size_t type_offset;
+    size_t buffer_offset;
+    int32_t type_f32;
+};
+
+/* Where the last row h of each site is added to or written; any of them may be null. S sites. */
+struct steer_record {
+    double *sum;      /* (S, d)  sum of h       */
+    double *sum_unit; /* (S, d)  sum of h / |h| */
+    double *sum_norm; /* (S)     sum of |h|     */
+    int64_t *count;   /* (S)     rows added     */
+    float *rows;      /* (S, d)  the latest h   */
+};
+
+typedef struct steer_hook steer_hook;
+
+STEER_API int32_t steer_abi(void);
+
+/* A hook for sites kind[i]-layer[i], i < n_sites, of a model of width d. `reached` and `turned` (S each, kept) count
+ * how often a site's tensor came by while it was asked for, and the rows turned there. */
+STEER_API int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_sites, const char *const *kind,
+                            const int32_t *layer, int64_t *reached, int64_t *turned, steer_hook **out);
+STEER_API void steer_free(steer_hook *hook);
+STEER_API int32_t steer_set_path(steer_hook *hook, int32_t path);
+
+/* Adds a steering, off, behind those already there; *id is its number. It acts at site[i] in plane[i], i < n, with
+ * scale[i] as r for STEER_ADD (may be null for the others). basis: n_planes x rank x d; rank is 2 for STEER_TURN_*,
+ * else 1. */
+STEER_API int32_t steer_add(steer_hook *hook, int32_t op, int32_t n, const int32_t *site, const int32_t *plane,
+                            const float *scale, int32_t n_planes, const float *basis, int32_t *id);
+/* Sets the dial of steering `id` to {x, y, z}; null turns it off. Takes effect at the next decode. */
+STEER_API int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz);
+
+/* Records until called with null; *to is copied, its arrays are kept. */
+STEER_API int32_t steer_set_record(steer_hook *hook, const struct steer_record *to);
+
+/* llama.cpp's cb_eval; user_data is the hook. */
+STEER_API bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data);
+
+/* What the last decodes met with: the first failure since the last call and its site, then forgotten. */
+STEER_API int32_t steer_take_status(steer_hook *hook, int32_t *site);
+
+/* Applies what is on at `site` to rows (n, d) in place, as steer_eval does to a tensor. */
+STEER_API int32_t steer_rows(const steer_hook *hook, int32_t site, float *rows, int64_t n);
+
+/* Names of the graph nodes seen, each ended by '\n' and cut at 23 bytes, then '\0'. Returns the size needed. */
+STEER_API size_t steer_names(const steer_hook *hook, char *out, size_t size);
+
+#endif
