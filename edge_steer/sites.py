@@ -220,3 +220,17 @@ def architecture(name: str, tensors: Iterable[str] = ()) -> Architecture:
     except KeyError:
         known = ", ".join(sorted(ARCHITECTURES))
         raise SteerError(f"the sites of architecture {name!r} are not known; known: {known}") from None
+
+
+def site_of_module(architecture: Architecture, module: str) -> Site | None:
+    """The site that the Hugging Face module called `module` is in `architecture`, None where it is none.
+
+    The language model of a multimodal one counts as the model: `model.language_model.layers.3.input_layernorm`.
+    """
+    plain = module.replace("language_model.", "")
+    match = re.fullmatch(rf"{re.escape(architecture.layers)}\.(\d+)(?:\.(.+))?", plain)
+    if match is None:
+        return None
+    kinds = {kind.module: name for name, kind in architecture.kinds.items()}
+    kind = kinds.get(match[2] or "")
+    return Site(int(match[1]), kind) if kind else None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,14 +17,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer import steering_file
 from edge_steer.errors import FormatError, MismatchError, SteerError
+from edge_steer.gguf_metadata import Value
 from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
-from edge_steer.sites import Site
+from edge_steer.sites import KINDS, Site
 
 Operator = Literal["selective", "standard", "adaptive", "ablation", "addition"]
 Plane = Literal["local", "global"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 PLANES: tuple[Plane, ...] = get_args(Plane)
+# What no line of a terminal should be given, and what UTF-8 cannot hold.
+CONTROL_CHARACTERS = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+_MAX_NAME = 256
+_FLOAT32 = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 RANK = {"selective": 2, "standard": 2, "adaptive": 2, "ablation": 1, "addition": 1}
 
 
@@ -51,12 +58,6 @@ class Made:
     negative_count: int = 0
 
 
-def _frozen(array: Any, dtype: Any) -> NDArray[Any]:
-    copy = np.array(array, dtype=dtype)
-    copy.flags.writeable = False
-    return copy
-
-
 @dataclass(frozen=True, eq=False)
 class Steering:
     """What `calibrate` makes and every engine applies. Raises FormatError where its parts contradict each other.
@@ -67,7 +68,8 @@ class Steering:
     basis:      (L, rank, d) float32, orthonormal rows b1 (and b2) of each plane.
     separation: (S,) float32, distance of the class means along b1 in pooled standard deviations; NaN: not measured.
     mean_norm:  (S,) float32, mean ‖h‖ at the site; NaN: not measured.
-    threshold:  of `adaptive`. angle: default dial. angle_min, angle_max: safe range. NaN: not measured.
+    threshold:  of `adaptive`. angle: default dial. angle_min, angle_max: safe range. NaN: not measured. All four are
+                rounded to float32, as the file holds them.
     """
 
     name: str
@@ -94,23 +96,50 @@ class Steering:
         unmeasured = np.full(count, np.nan, np.float32)
         set_ = object.__setattr__
         set_(self, "sites", tuple(self.sites))
-        set_(self, "mask", _frozen(self.mask, np.bool_))
-        set_(self, "site_plane", _frozen(self.site_plane, np.uint32))
-        set_(self, "basis", _frozen(self.basis, np.float32))
+        set_(self, "mask", self._frozen("mask", self.mask, np.bool_, "b", (0, 1)))
+        set_(self, "site_plane", self._frozen("site_plane", self.site_plane, np.uint32, "iu", (0, 2**32 - 1)))
+        set_(self, "basis", self._frozen("basis", self.basis, np.float32))
         for name in ("separation", "mean_norm"):
             given = getattr(self, name)
-            set_(self, name, _frozen(given if len(given) else unmeasured, np.float32))
+            set_(self, name, self._frozen(name, given if len(given) else unmeasured, np.float32))
+        for name in ("threshold", "angle", "angle_min", "angle_max"):
+            set_(self, name, float(self._frozen(name, getattr(self, name), np.float32)))
         self._check(count)
 
-    def _check(self, count: int) -> None:
-        def demand(truth: bool, expected: str, got: object) -> None:
-            if not truth:
-                raise FormatError(f"steering {self.name!r}: expected {expected}, got {got}")
+    def _frozen(
+        self, name: str, given: Any, dtype: Any, kinds: str = "fiu", span: tuple[float, float] = _FLOAT32
+    ) -> NDArray[Any]:
+        """A read-only copy of `given`. Refuses what `dtype` would silently make something else of; NaN may pass."""
+        array = np.asarray(given)
+        fits = array.size == 0 or (array.dtype.kind in kinds and not ((array < span[0]) | (array > span[1])).any())
+        self._demand(fits, f"{name} of {np.dtype(dtype)} from {span[0]:g} to {span[1]:g}", f"{array.dtype} beyond that")
+        copy = np.array(array, dtype=dtype)
+        copy.flags.writeable = False
+        return copy
 
+    def _demand(self, truth: bool, expected: str, got: object) -> None:
+        if not truth:
+            raise FormatError(f"steering {self.name!r}: expected {expected}, got {got}")
+
+    def _check(self, count: int) -> None:
+        demand = self._demand
+        for name, text in self._texts():
+            found = re.search(CONTROL_CHARACTERS, text.replace("\n", "") if name == "description" else text)
+            demand(found is None, f"{name} without control characters", repr(text))
+        demand(0 < len(self.name) <= _MAX_NAME, f"a name of 1 to {_MAX_NAME} characters", f"{len(self.name)}")
+        demand(bool(self.base.architecture), "the architecture it is for", "none")
+        for owner, names in ((self.base, ("block_count", "embedding_length")),
+                             (self.made, ("positive_count", "negative_count"))):  # fmt: skip
+            for name in names:
+                number = getattr(owner, name)
+                demand(0 <= number < 2**32, f"{name} from 0 to 2^32 - 1", number)
         demand(self.operator in OPERATORS, f"an operator among {', '.join(OPERATORS)}", repr(self.operator))
         demand(self.plane in PLANES, f"a plane among {', '.join(PLANES)}", repr(self.plane))
         demand(count > 0, "at least one site", "none")
+        for site in self.sites:
+            demand(site.kind in KINDS and site.layer >= 0, f"sites of kinds {', '.join(KINDS)}", site)
         demand(len(set(self.sites)) == count, "every site once", "a site twice")
+        demand(list(self.sites) == sorted(self.sites), "sites in network order", "another order")
         for name in ("mask", "site_plane", "separation", "mean_norm"):
             shape = getattr(self, name).shape
             demand(shape == (count,), f"{name} of one value per site ({count})", f"shape {shape}")
@@ -128,13 +157,17 @@ class Steering:
         demand(error < 1e-4, "orthonormal planes", f"planes that miss it by {error:.2g}")
         demand(not (self.angle_min > 0 or self.angle_max < 0), "a safe range around 0",
                f"{self.angle_min} … {self.angle_max}")  # fmt: skip
-        for name in ("threshold", "angle", "angle_min", "angle_max"):
-            demand(not math.isinf(getattr(self, name)), f"a finite {name}", "infinity")
+        demand(not bool((self.mean_norm < 0).any()), "mean norms that are not negative", "a negative one")
         if self.operator == "adaptive":
             demand(not math.isnan(self.threshold), "a threshold for adaptive", "NaN")
         if self.operator == "addition":
             norms = self.mean_norm[self.mask]
             demand(bool(np.isfinite(norms).all()), "a mean norm at every steered site for addition", "NaN")
+
+    def _texts(self) -> list[tuple[str, str]]:
+        owners = (("", self), ("base.", self.base), ("made.", self.made))
+        found = [(prefix + part.name, getattr(owner, part.name)) for prefix, owner in owners for part in fields(owner)]
+        return [(name, value) for name, value in found if isinstance(value, str)]
 
     # --- what it does -------------------------------------------------------------------------------------------
 
@@ -189,7 +222,8 @@ class Steering:
 
     def basis_at(self, site: Site) -> NDArray[np.float32]:
         """The basis (rank, d) in use at `site`."""
-        return self.basis[self.site_plane[self.sites.index(site)]]
+        basis: NDArray[np.float32] = self.basis[self.site_plane[self.sites.index(site)]]
+        return basis
 
     @cached_property
     def fingerprint(self) -> str:
@@ -248,18 +282,45 @@ class Steering:
 
     @classmethod
     def load_all(cls, path: str | Path) -> list[Steering]:
-        """Every steering in the GGUF file `path`, in order: a steering file, or a model that embeds steerings."""
-        from edge_steer.steering_file import read
+        """Every steering in the GGUF file `path`, in order: a steering file, or a model that embeds steerings.
 
-        return read(Path(path))
+        Raises FormatError where it holds none or one that is malformed, SteerError where it cannot be read.
+        """
+        found: list[Steering] = []
+        for parts in steering_file.read(Path(path)):
+            try:
+                found.append(_from_fields(parts))
+            except SteerError as error:
+                raise FormatError(f"{path}: {error}") from None
+        names = [steering.name for steering in found]
+        if len(set(names)) != len(names):
+            raise FormatError(f"{path}: expected steerings of different names, got {', '.join(names)}")
+        return found
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write a steering file of this one steering, whole or not at all. Refuses an existing `path` without `force`."""
+        """Write a steering file of this one steering, whole or not at all.
+
+        Raises SteerError where `path` exists and `force` is not given, or the system refuses to write.
+        """
         save_all([self], path, force=force)
 
 
 def save_all(steerings: Sequence[Steering], path: str | Path, *, force: bool = False) -> None:
     """Write a steering file of several steerings for one model, whole or not at all."""
-    from edge_steer.steering_file import write
+    steering_file.write([_to_fields(steering) for steering in steerings], Path(path), force=force)
 
-    write(list(steerings), Path(path), force=force)
+
+def metadata(steerings: Sequence[Steering]) -> dict[str, Value]:
+    """The `steering.*` keys of `steerings`, to embed in a model's GGUF with `steering_file.add_metadata`."""
+    return steering_file.metadata([_to_fields(steering) for steering in steerings])
+
+
+def _to_fields(steering: Steering) -> steering_file.Fields:
+    parts = {part.name: getattr(steering, part.name) for part in fields(steering)}
+    sites = [site.name for site in steering.sites]
+    return {**parts, "sites": sites, "base": asdict(steering.base), "made": asdict(steering.made)}
+
+
+def _from_fields(parts: steering_file.Fields) -> Steering:
+    sites = tuple(Site.parse(name) for name in parts["sites"])
+    return Steering(**{**parts, "sites": sites, "base": BaseModel(**parts["base"]), "made": Made(**parts["made"])})

@@ -1,0 +1,62 @@
+"""Recording on a GGUF, through the same hook that steers: no torch, and the directions fit that very quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_steer.calibrate.sums import ClassSums
+from edge_steer.contrast import Prompt
+from edge_steer.errors import SteerError
+from edge_steer.model_file import read_model
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.native import Record
+from edge_steer.sites import architecture
+
+
+class NativeRecorder:
+    """A Recorder on llama.cpp. Prompts are evaluated one by one, unsteered; what two share is evaluated once."""
+
+    name = "native"
+
+    def __init__(self, model_path: str | Path, *, sites: str = "default", **llama: Any) -> None:
+        """llama: as for SteeredLlama (n_ctx, n_gpu_layers, n_threads …)."""
+        file = read_model(model_path)
+        kinds = architecture(file.architecture, (tensor.name for tensor in file.tensors)).kinds_for(sites)
+        self.base = file.base
+        self._llm = SteeredLlama(model_path, **llama)
+        self._at = [number for number, site in enumerate(self._llm.hook_sites) if site.kind in kinds]
+        self.sites = tuple(self._llm.hook_sites[number] for number in self._at)
+        self.uses_plain_template = self._llm.chat_template.is_plain
+
+    def sums(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> ClassSums:
+        """Float64 sums over the prompts' last tokens, (S, d)."""
+        record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
+        for prompt in prompts:
+            self._observe(prompt, record)
+            step(1)
+        counts = record.count[self._at]
+        if (counts != len(prompts)).any():
+            site = self.sites[int(np.flatnonzero(counts != len(prompts))[0])]
+            raise SteerError(
+                f"expected {len(prompts)} activations at {site}, got {counts.min()}: this model's graph has no such tensor; "
+                "run `edge-steer doctor -m MODEL` to see the sites it has"
+            )
+        return ClassSums(
+            count=len(prompts), h=record.sum[self._at], unit=record.sum_unit[self._at], norm=record.sum_norm[self._at]
+        )
+
+    def rows(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
+        """The last token's activations (S, d) of each prompt, in the order given."""
+        record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
+        for prompt in prompts:
+            self._observe(prompt, record)
+            yield record.rows[self._at]
+            step(1)
+
+    def _observe(self, prompt: Prompt, record: Record) -> None:
+        self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt)), record)

@@ -1,0 +1,99 @@
+"""From directions to the planes in which activations are turned, and to the mask of sites where they are.
+
+Letters: T sites with a direction u, d model width. Everything is float64; the cast to float32 comes last.
+R(θ) changes b1·h by −θ·(b2·h) at small θ: hence the signs of b2.
+Source of the global plane and of the mask: arXiv 2601.19375. The local planes are ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_steer.calibrate.sums import ClassSums, Float64
+from edge_steer.errors import SteerError
+from edge_steer.rotation import orthonormal
+from edge_steer.sites import Site
+
+Mask = Literal["site", "layer", "all"]
+MASKS: tuple[Mask, ...] = get_args(Mask)
+
+
+def best_direction(unit: Float64) -> int:
+    """Which of the directions (T, d) has the highest mean cosine similarity to all of them."""
+    # Dot products are linear: the mean cosine with all u is the dot product with the mean of all u.
+    return int(np.argmax(unit @ unit.mean(0)))
+
+
+def global_plane(unit: Float64) -> Float64:
+    """B (2, d) from the directions (T, d): b1 the best of them, b2 their first principal component orthogonal to b1.
+
+    The sign of b2 is left open, see `oriented`. Raises SteerError where all directions are one.
+    """
+    b1 = unit[best_direction(unit)]
+    _, spread, components = np.linalg.svd(unit - unit.mean(0), full_matrices=False)
+    try:
+        if spread[0] < 1e-9:
+            raise ValueError("the directions are all the same")
+        return orthonormal(b1, components[0])
+    except ValueError as error:
+        raise SteerError(
+            f"expected directions that span a plane, got {len(unit)} that do not ({error}); use --plane local"
+        ) from None
+
+
+def oriented(basis: Float64, mean: Float64) -> Float64:
+    """B (2, d) with the sign of b2 with which a small +θ raises b1·h at the activation `mean` (d,)."""
+    return np.asarray(basis * [[1.0], [1.0 if basis[1] @ mean <= 0 else -1.0]])
+
+
+def local_planes(unit: Float64, mean: Float64) -> tuple[Float64, NDArray[np.intp]]:
+    """A plane (2, d) for each site from its direction (T, d) and its mean activation (T, d): b1 = u and
+    b2 = −unit(μ − (μ·b1)b1), so that a small +θ raises b1·h.
+
+    Returns the planes (T′, 2, d) and which T′ sites have one: where μ is parallel to b1, there is none.
+    """
+    planes = []
+    kept = []
+    for number, (u, mu) in enumerate(zip(unit, mean, strict=True)):
+        try:
+            planes.append(orthonormal(u, -mu))
+        except ValueError:
+            continue
+        kept.append(number)
+    if not planes:
+        raise SteerError("expected a site with a plane of its own, got none: every mean is parallel to its direction")
+    return np.stack(planes), np.array(kept, np.intp)
+
+
+def discriminative(positive: ClassSums, negative: ClassSums, b1: Float64) -> NDArray[np.bool_]:
+    """(T,) where the class means of (h/‖h‖)·b1 have opposite signs. b1: (T, d), or (d,) for all sites."""
+    return np.asarray((positive.mean_unit * b1).sum(-1) * (negative.mean_unit * b1).sum(-1) < 0)
+
+
+def steered(
+    mask: Mask, discriminative: NDArray[np.bool_], sites: Sequence[Site], recorded: Sequence[Site]
+) -> NDArray[np.bool_]:
+    """(T,) which of the T `sites` are steered.
+
+    `site`: those that are discriminative. `layer`: those in layers whose `recorded` sites all are (one without a
+    direction is not). `all`: all. Raises SteerError, naming the mask to use instead, where none would be.
+    """
+    if mask == "all":
+        return np.ones(len(sites), np.bool_)
+    if not discriminative.any():
+        raise SteerError(f"expected a discriminative site for --mask {mask}, got none; use --mask all")
+    if mask == "site":
+        return discriminative
+    wanted = Counter(site.layer for site in recorded)
+    found = Counter(site.layer for site, yes in zip(sites, discriminative, strict=True) if yes)
+    chosen = np.array([found[site.layer] == wanted[site.layer] for site in sites], np.bool_)
+    if not chosen.any():
+        raise SteerError(
+            "expected a layer whose sites are all discriminative for --mask layer, got none; use --mask site"
+        )
+    return chosen

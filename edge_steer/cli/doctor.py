@@ -1,0 +1,44 @@
+"""`edge-steer doctor`: what this machine, this build and this model can do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from edge_steer.cli import options
+
+
+@click.command()
+@click.option("-m", "--model", metavar="MODEL", help="Also load this model and count the sites its graph really has.")
+@options.run_options
+@options.json_option
+def doctor(
+    model: str | None, ctx: int | None, gpu_layers: int, threads: int | None, seed: int, as_json: bool
+) -> None:
+    """Check the installation, and which sites of a model the hook really meets."""
+    from edge_steer.runtime.doctor import examine_build, examine_model
+
+    found: dict[str, Any] = examine_build()
+    if model is not None:
+        path, parameters = options.run_parameters(model, ctx=ctx or 64, gpu_layers=gpu_layers, threads=threads, seed=seed)
+        found["model"] = examine_model(path, **parameters)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            click.echo(f"{key}:")
+            for inner, text in value.items():
+                click.echo(f"  {inner}: {_shown(text)}")
+        else:
+            click.echo(f"{key}: {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return "–"
+    return "yes" if value is True else "no" if value is False else str(value)

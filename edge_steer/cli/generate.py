@@ -1,0 +1,78 @@
+"""`edge-steer generate`: one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from edge_steer.cli import options
+
+
+@click.command()
+@options.model_option
+@options.steering_options
+@click.option("-p", "--prompt", required=True, help="What to ask; - reads it from standard input.")
+@click.option("--system", help="System prompt.")
+@options.sampling_options
+@options.run_options
+@options.json_option
+def generate(
+    model: str,
+    steering: tuple[str, ...],
+    angle: float | None,
+    strength: float | None,
+    scope: str,
+    prompt: str,
+    system: str | None,
+    as_json: bool,
+    ctx: int | None,
+    gpu_layers: int,
+    threads: int | None,
+    seed: int,
+    **sampling: Any,
+) -> None:
+    """Answer one prompt, steered.
+
+    \b
+    edge-steer generate -m smollm2-135m -s happy.gguf:8 -p "How was your day?"
+    """
+    from edge_steer.runtime.chat import stream_answer
+
+    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    if not text.strip():
+        raise click.UsageError("expected a prompt, got an empty one")
+    llm = options.open_model(
+        model, steering, angle=angle, strength=strength, scope=scope,
+        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
+    )  # fmt: skip
+    messages = [{"role": "system", "content": system}] if system else []
+    stream = stream_answer(llm, [*messages, {"role": "user", "content": text}], options.sampling(seed=seed, **sampling))
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            answer = end.value
+            break
+        if not as_json:
+            click.echo(piece, nl=False)
+    if not as_json:
+        click.echo()
+        return
+    dials = dict(llm.angles)
+    click.echo(
+        json.dumps(
+            {
+                "text": answer.text,
+                "angle": next(iter(dials.values())) if len(dials) == 1 else dials or None,
+                "scope": scope,
+                "prompt_tokens": answer.prompt_tokens,
+                "generated_tokens": answer.generated_tokens,
+                "tokens_per_second": round(answer.tokens_per_second, 2),
+                "sites_hit": llm.sites_hit,
+            },
+            ensure_ascii=False,
+        )
+    )

@@ -1,0 +1,54 @@
+"""`edge-steer models`: list the known models, fetch some."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from edge_steer import registry
+
+
+@click.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """List known models, or fetch some."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = [(entry, registry.cached_path(entry.name)) for entry in registry.entries()]
+    if as_json:
+        listed = [{**asdict(entry), "source": entry.origin, "path": path and str(path)} for entry, path in rows]
+        click.echo(json.dumps(listed, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "model", "size", "licence", "cached", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    table.columns[2].justify = "right"
+    for entry, path in rows:
+        size = f"{entry.size / 1e6:,.0f} MB" if entry.size else "?"
+        table.add_row(entry.name, entry.title, size, entry.licence, "yes" if path else "")
+    Console().print(table)
+
+
+@models.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def fetch(names: tuple[str, ...]) -> None:
+    """Download models into the cache; prints each one's path."""
+    for name in names:
+        click.echo(_fetch_showing_bar(name))
+
+
+def _fetch_showing_bar(name: str) -> Path:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        # Shown from the first byte on: a cached model needs no bar, and the hub's client draws its own.
+        task = bar.add_task(name, total=None, visible=False)
+        return registry.fetch(name, lambda done, total: bar.update(task, completed=done, total=total, visible=True))

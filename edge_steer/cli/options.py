@@ -1,0 +1,119 @@
+"""Options that several verbs share, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from edge_steer.runtime.chat import Sampling
+    from edge_steer.runtime.llama import SteeredLlama
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+model_option = click.option(
+    "-m", "--model", required=True, metavar="MODEL", help="A .gguf file or a name from `edge-steer models`."
+)
+
+steering_options = _all(
+    click.option(
+        "-s", "--steering", multiple=True, metavar="FILE[:ANGLE]", help="A steering file, with its angle; repeats."
+    ),
+    click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
+    click.option("--strength", type=float, help="-1 to 1 of the measured safe range, instead of an angle."),
+    click.option(
+        "--scope", type=click.Choice(["all", "response"]), default="all", show_default=True,
+        help="Steer every token, or the answer only.",
+    ),
+)  # fmt: skip
+
+run_options = _all(
+    click.option("--ctx", type=click.IntRange(16), help="Context in tokens.  [default: 4096, or what the model allows]"),
+    click.option("--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on a GPU; -1 for all."),
+    click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
+)
+
+sampling_options = _all(
+    click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
+    click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True),
+    click.option("--top-k", type=click.IntRange(0), default=40, show_default=True),
+    click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True),
+    click.option("--repeat-penalty", type=click.FloatRange(0), default=1.1, show_default=True),
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+force_option = click.option("--force", is_flag=True, help="Overwrite an existing output.")
+
+
+def run_parameters(
+    model: str, *, ctx: int | None, gpu_layers: int, threads: int | None, seed: int
+) -> tuple[str, dict[str, Any]]:
+    """The path of a model, and the parameters of llama_cpp.Llama that the run options stand for."""
+    from edge_steer.errors import SteerError
+    from edge_steer.model_file import read_model
+    from edge_steer.registry import resolve
+
+    path = resolve(model)
+    if path.is_dir():
+        raise SteerError(f"{path}: expected a .gguf file, got a Hugging Face directory; convert it to GGUF first")
+    trained = read_model(path).context_length or 4096
+    return str(path), {
+        "n_ctx": ctx or min(4096, trained),
+        "n_gpu_layers": gpu_layers,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "seed": seed,
+    }
+
+
+def open_model(
+    model: str,
+    steering: Sequence[str],
+    *,
+    angle: float | None,
+    strength: float | None,
+    scope: str,
+    **run: Any,
+) -> SteeredLlama:
+    """The model that the options name, steered as they say."""
+    from edge_steer.errors import SteerError
+    from edge_steer.runtime.dials import named_steerings
+
+    if not steering and (angle is not None or strength is not None):
+        raise SteerError("--angle and --strength turn a steering; give one with -s FILE")
+    steerings, dials = named_steerings(steering, angle=angle, strength=strength)
+    path, parameters = run_parameters(model, **run)
+    from edge_steer.runtime.llama import SteeredLlama
+
+    llm = SteeredLlama(path, steering=steerings, angles=dials, scope=scope, **parameters)  # type: ignore[arg-type]
+    note_plain_template(llm.chat_template.is_plain)
+    return llm
+
+
+def note_plain_template(plain: bool) -> None:
+    """Say that a model brings no chat template."""
+    if plain:
+        click.echo('note: this model has no chat template; prompts are put as "{prompt}\\nAnswer:"', err=True)
+
+
+def sampling(
+    *, max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, repeat_penalty: float, seed: int
+) -> Sampling:
+    """The sampling options as one value."""
+    from edge_steer.runtime.chat import Sampling
+
+    return Sampling(temperature, top_p, top_k, min_p, repeat_penalty, max_tokens, seed)

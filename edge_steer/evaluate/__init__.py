@@ -1,0 +1,1 @@
+"""What an angle does: effect and damage, measured on the model that runs."""

@@ -1,0 +1,143 @@
+"""Dials: the one number each steering is turned with, and how the command line names them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+from edge_steer.errors import SteerError
+from edge_steer.rotation import Action
+from edge_steer.steering import Steering
+
+SteeringLike = Steering | str | Path
+
+
+class FileDefault:
+    """The type of FILE_DEFAULT: a dial that was not given, unlike None, which is off."""
+
+    def __repr__(self) -> str:
+        return "FILE_DEFAULT"
+
+
+FILE_DEFAULT = FileDefault()
+
+
+class Dials(MutableMapping[str, "float | None"]):
+    """The dials of several steerings, by name. None is off; assigning acts from the next token on."""
+
+    def __init__(self, steerings: Sequence[Steering]) -> None:
+        self._steerings = {steering.name: steering for steering in steerings}
+        self._values: dict[str, float | None] = dict.fromkeys(self._steerings)
+
+    def __getitem__(self, name: str) -> float | None:
+        self._demand(name)
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: float | None) -> None:
+        self._demand(name)
+        self._steerings[name].action(value)  # refuses what is not a finite number
+        self._values[name] = None if value is None else float(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise SteerError(f"a dial cannot be removed; set angles[{name!r}] = None to turn it off")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def actions(self) -> tuple[Action | None, ...]:
+        """What each steering does now, in order."""
+        return tuple(steering.action(self._values[name]) for name, steering in self._steerings.items())
+
+    def _demand(self, name: str) -> None:
+        if name not in self._steerings:
+            raise SteerError(f"expected a steering among {', '.join(self._steerings) or '(none)'}, got {name!r}")
+
+
+def first_dials(
+    steerings: Sequence[Steering], angle: float | FileDefault | None, angles: Mapping[str, float | None] | None
+) -> Dials:
+    """The dials to start with: what is given, else each file's default. Raises SteerError where there is neither."""
+    dials = Dials(steerings)
+    given = dict(angles or {})
+    if not isinstance(angle, FileDefault):
+        if len(steerings) != 1:
+            raise SteerError(f"angle is for one steering, there are {len(steerings)}; use angles")
+        given.setdefault(steerings[0].name, angle)
+    for each in steerings:
+        dials[each.name] = given.pop(each.name) if each.name in given else each.default_dial()
+    dials.update(given)  # a name that no steering bears is refused here
+    return dials
+
+
+def load_steerings(given: SteeringLike | Sequence[SteeringLike] | None) -> tuple[Steering, ...]:
+    """Steerings from values and paths, in order. Raises SteerError where two bear the same name."""
+    if given is None:
+        return ()
+    several = [given] if isinstance(given, (Steering, str, Path)) else list(given)
+    found: list[Steering] = []
+    for each in several:
+        found += [each] if isinstance(each, Steering) else Steering.load_all(each)
+    names = [each.name for each in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise SteerError(f"two steerings are called {name!r}; calibrate one again with another --name")
+    return tuple(found)
+
+
+def warn_of_overlap(steerings: Sequence[Steering]) -> None:
+    """Two steerings whose b1 point the same way, or opposite, at a site turn the same property."""
+    for i, one in enumerate(steerings):
+        for other in steerings[i + 1 :]:
+            shared = set(one.steered) & set(other.steered)
+            overlap = max((abs(float(one.basis_at(site)[0] @ other.basis_at(site)[0])) for site in shared), default=0.0)
+            if overlap > 0.5:
+                warnings.warn(
+                    f"steerings {one.name!r} and {other.name!r} overlap (|b1·b1′| up to {overlap:.2f}): "
+                    "each also turns what the other does",
+                    stacklevel=3,
+                )
+
+
+def split_dial(argument: str) -> tuple[str, float | None]:
+    """`FILE:ANGLE` as its two parts. Split at the last colon only where a finite number follows."""
+    path, colon, number = argument.rpartition(":")
+    if colon and path:
+        try:
+            dial = float(number)
+        except ValueError:
+            return argument, None
+        if math.isfinite(dial):
+            return path, dial
+    return argument, None
+
+
+def named_steerings(
+    arguments: Sequence[str], *, angle: float | None = None, strength: float | None = None
+) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
+    """The steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default."""
+    if angle is not None and strength is not None:
+        raise SteerError("expected an angle or a strength, got both")
+    steerings: list[Steering] = []
+    dials: dict[str, float | None] = {}
+    for argument in arguments:
+        path, dial = split_dial(argument)
+        for each in Steering.load_all(path):
+            steerings.append(each)
+            if strength is not None:
+                dials[each.name] = each.at_strength(strength)
+            else:
+                dials[each.name] = each.default_dial() if dial is None and angle is None else dial
+    loaded = load_steerings(steerings)
+    if angle is not None:
+        if len(loaded) != 1:
+            raise SteerError(f"--angle is for one steering, got {len(loaded)}; write -s FILE:ANGLE for each")
+        dials[loaded[0].name] = angle
+    return loaded, dials

@@ -1,0 +1,404 @@
+"""SteeredLlama: a llama_cpp.Llama whose activations are turned as it runs.
+
+This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the context from
+`self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the only ways tokens enter the cache;
+`input_ids`, `n_tokens` and `_requires_eval` describing what is cached. native.py checks the version.
+
+The cache rule: a cached token is valid only for the steering state that computed it. Every cached token bears the
+state it was computed under; before an answer, the cache is cut at the first token that does not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from llama_cpp import Llama
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from numpy.typing import NDArray
+
+from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
+from edge_steer.errors import NoEffectError, SteerError
+from edge_steer.model_file import read_model
+from edge_steer.rotation import Action
+from edge_steer.runtime.dials import (
+    FILE_DEFAULT,
+    Dials,
+    FileDefault,
+    SteeringLike,
+    first_dials,
+    load_steerings,
+    warn_of_overlap,
+)
+from edge_steer.runtime.native import Hook, Record
+from edge_steer.sites import Site, architecture
+
+Message = Mapping[str, str]  # role and content
+Scope = Literal["all", "response"]
+
+_OFF = 0  # the number of the state in which nothing acts
+_UNKNOWN = -1  # of a token cached by something else
+
+
+class SteeredLlama(Llama):  # type: ignore[misc]
+    """A llama_cpp.Llama with steerings.
+
+    steering: one or several, as values or paths; they apply in the order given.
+    angle:    the dial of the one steering; None is off; left out, the file's default.
+    angles:   the dials by name, where there are several.
+    scope:    "all": every token is steered; "response": the last prompt token and everything after it.
+    Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
+
+    Raises SteerError where a steering does not fit the model or has no dial.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        steering: SteeringLike | Sequence[SteeringLike] | None = None,
+        angle: float | FileDefault | None = FILE_DEFAULT,
+        angles: Mapping[str, float | None] | None = None,
+        scope: Scope = "all",
+        **llama: Any,
+    ) -> None:
+        if llama.get("embedding"):
+            raise SteerError("SteeredLlama does not compute embeddings; use llama_cpp.Llama for them")
+        file = read_model(model_path)
+        arch = architecture(file.architecture, (tensor.name for tensor in file.tensors))
+        sites = arch.sites(file.block_count, ",".join(arch.kinds))
+        self.steerings = load_steerings(steering)
+        for each in self.steerings:
+            if warning := each.check_fits(file.base):
+                warnings.warn(warning, stacklevel=2)
+            if unknown := [site for site in each.steered if site not in sites]:
+                raise NoEffectError(f"steering {each.name!r} acts at {unknown[0]}, which {file.architecture} lacks")
+        warn_of_overlap(self.steerings)
+        self._angles = first_dials(self.steerings, angle, angles)
+        self.scope = scope
+
+        self._hook = Hook(arch, sites, file.embedding_length)
+        self._numbers = [self._hook.add(each) for each in self.steerings]
+        self._applied: tuple[Action | None, ...] = (None,) * len(self.steerings)
+        self._proven = False  # that every steered site was met
+        self._states = {"": _OFF}  # key, the same in every process, to number
+        self._numbered: dict[tuple[tuple[Action | None, ...], bool], int] = {}
+        self._generating = self._answering = False
+
+        llama.setdefault("verbose", False)
+        super().__init__(str(model_path), **llama)
+        # Which state computed a cached token, and where a response began; meaningful below n_tokens.
+        self._stamps = np.zeros(len(self.input_ids), np.int32)
+        self._opens = np.zeros(len(self.input_ids), np.bool_)
+        if "chat_format" not in llama and "chat_handler" not in llama:
+            self._choose_chat_format()
+
+    # --- the dial ---------------------------------------------------------------------------------------------
+
+    @property
+    def angle(self) -> float | None:
+        """The dial of the one steering; None is off. A new value acts from the next token on."""
+        return self._angles[self._only()]
+
+    @angle.setter
+    def angle(self, value: float | None) -> None:
+        self._angles[self._only()] = value
+
+    @property
+    def angles(self) -> Dials:
+        """The dials by name: `llm.angles["happy"] = -5`."""
+        return self._angles
+
+    @angles.setter
+    def angles(self, values: Mapping[str, float | None]) -> None:
+        self._angles.update(values)
+
+    @property
+    def scope(self) -> Scope:
+        """Which tokens are steered. A new value acts from the next answer on."""
+        return self._scope
+
+    @scope.setter
+    def scope(self, value: Scope) -> None:
+        if value not in ("all", "response"):
+            raise SteerError(f"expected the scope all or response, got {value!r}")
+        self._scope: Scope = value
+
+    @property
+    def sites_hit(self) -> int:
+        """Sites at which at least one token was turned since the model was loaded."""
+        return int(np.count_nonzero(self._hook.turned))
+
+    def _only(self) -> str:
+        if len(self.steerings) != 1:
+            raise SteerError(f"angle is for one steering, this model has {len(self.steerings)}; use angles")
+        return self.steerings[0].name
+
+    # --- making the context -----------------------------------------------------------------------------------
+
+    @property
+    def context_params(self) -> Any:
+        """llama.cpp's context parameters. Llama fills them in; the hook is put in place as they arrive."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        callback_type = type(params.cb_eval)
+        params.cb_eval = callback_type(self._hook.callback)
+        params.cb_eval_user_data = self._hook.user_data
+        self._context_params = params
+
+    def _choose_chat_format(self) -> None:
+        """Chat completions use the model's own template as it stands, or the plain one; never another model's."""
+        if "tokenizer.chat_template" in self.metadata:
+            self.chat_format = "chat_template.default"
+        else:
+            bos = self._token_text(self.token_bos()) if self._model.add_bos_token() else ""
+            self.chat_handler = Jinja2ChatFormatter(PLAIN_TEMPLATE, eos_token="", bos_token=bos).to_chat_handler()
+
+    def _token_text(self, token: int) -> str:
+        return "" if token < 0 else str(self._model.token_get_text(token))
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How this model's chats are written."""
+        return ChatTemplate.from_gguf(
+            self.metadata.get("tokenizer.chat_template"),
+            self._token_text(self.token_bos()),
+            self._token_text(self.token_eos()),
+        )
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Tokens of a rendered text; a BOS that it does not bear is added where the model wants one."""
+        return list(self.tokenize(text.encode(), add_bos=not self.chat_template.starts_with_bos(text), special=True))
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a chat, generation prompt included."""
+        return self.text_tokens(self.chat_template.render(messages))
+
+    def close(self) -> None:
+        """Free the context, the model, then the hook that the context calls."""
+        super().close()
+        if hook := self.__dict__.get("_hook"):
+            hook.close()
+
+    def __del__(self) -> None:
+        if "_stack" in self.__dict__:  # a constructor that failed early has nothing to close
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"steering": self.steerings, "angles": dict(self._angles), "scope": self._scope}
+        return {**super().__getstate__(), **own}
+
+    # --- the cache rule ---------------------------------------------------------------------------------------
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens under the dials as they stand now.
+
+        With scope "response", all but the last token of a prompt are evaluated unsteered.
+        """
+        actions = self._angles.actions()
+        response = self._scope == "response"
+        if response and not self._answering:
+            self._eval_under(self._all_off, tokens[:-1])
+            tokens = tokens[-1:]
+        begin = self.n_tokens
+        self._eval_under(actions, tokens, response)
+        if response and not self._answering:
+            self._opens[begin : self.n_tokens] = True
+        self._answering = self._generating
+
+    @property
+    def _all_off(self) -> tuple[Action | None, ...]:
+        return (None,) * len(self.steerings)
+
+    def _eval_under(
+        self,
+        actions: tuple[Action | None, ...],
+        tokens: Sequence[int],
+        response: bool = False,
+        evaluate: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        """Evaluate tokens under `actions` and stamp them with that state."""
+        if len(tokens) == 0:
+            return
+        for number, old, new in zip(self._numbers, self._applied, actions, strict=True):
+            if old != new:
+                self._hook.dial(number, new)
+        self._applied = actions
+        begin = self.n_tokens
+        try:
+            (evaluate or super().eval)(tokens)
+            self._hook.check_status()
+        except SteerError:
+            self.reset()
+            raise
+        finally:
+            self._stamps[begin : self.n_tokens] = self._state(actions, response)
+            self._opens[begin : self.n_tokens] = False
+        if not self._proven and any(actions):
+            self._prove(actions)
+
+    def _state(self, actions: tuple[Action | None, ...], response: bool) -> int:
+        """Number of a steering state. States that act alike are one; off is always the same."""
+        number = self._numbered.get((actions, response))
+        if number is None:
+            acting = [
+                f"{steering.fingerprint} {action}"
+                for steering, action in zip(self.steerings, actions, strict=True)
+                if action is not None
+            ]
+            digest = hashlib.sha256("\n".join(acting).encode()).hexdigest()
+            key = f"{'response' if response else 'all'} {digest}" if acting else ""
+            number = self._states.setdefault(key, len(self._states))
+            self._numbered[actions, response] = number
+        return number
+
+    def _prove(self, actions: tuple[Action | None, ...]) -> None:
+        """Raise NoEffectError where a site that should act was not met in the graph."""
+        on = [each for each, action in zip(self.steerings, actions, strict=True) if action is not None]
+        met = {site for site, count in zip(self._hook.sites, self._hook.reached, strict=True) if count}
+        for each in on:
+            if missing := [site for site in each.steered if site not in met]:
+                self.reset()
+                names = sorted({name.rsplit("-", 1)[0] for name in self._hook.node_names() if "norm" in name})
+                raise NoEffectError(
+                    f"steering {each.name!r} met {len(each.steered) - len(missing)} of its {len(each.steered)} sites, not "
+                    f"{missing[0]}; this model's graph has: {', '.join(names) or 'no norm tensors'}"
+                )
+        self._proven = len(on) == len(self.steerings)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again."""
+        tokens = list(tokens)
+        if kwargs.get("reset", True):
+            self._cut_cache(tokens)
+        self._generating, self._answering = True, False
+        try:
+            yield from super().generate(tokens, *args, **kwargs)
+        finally:
+            self._generating = self._answering = False
+
+    def _cut_cache(self, tokens: list[int]) -> None:
+        """Forget the cached tokens from the first on that an answer to `tokens` must not use."""
+        shared = self._shared(tokens)
+        stamps = self._stamps[:shared]
+        now = self._state(self._angles.actions(), self._scope == "response")
+        if self._scope == "all":
+            fits = stamps == now
+        else:
+            written = [number for key, number in self._states.items() if key.startswith("response ")]
+            fits = (stamps == _OFF) | np.isin(stamps, written)
+            if shared == len(tokens):
+                fits[-1:] = stamps[-1:] == now
+        keep = shared if fits.all() else int(np.flatnonzero(~fits)[0])
+        # A former last prompt token without its answer is a prompt token again, which is not steered.
+        if self._scope == "response" and 0 < keep < len(tokens) and self._opens[keep - 1] and stamps[keep - 1] != _OFF:
+            keep -= 1
+        if keep < shared:
+            self.n_tokens = keep
+            self._requires_eval = True
+
+    def save_state(self) -> Any:
+        """As llama_cpp.Llama.save_state, with the steering state of every cached token."""
+        state = super().save_state()
+        names = {number: key for key, number in self._states.items()}
+        stamps = self._stamps[: self.n_tokens]
+        state.steering = {
+            "stamps": [names.get(int(number)) for number in stamps],
+            "opens": self._opens[: self.n_tokens].tolist(),
+        }
+        return state
+
+    def load_state(self, state: Any) -> None:
+        """As llama_cpp.Llama.load_state. Tokens saved under another steering state are evaluated again when used."""
+        super().load_state(state)
+        known = getattr(state, "steering", None)
+        if known is None:  # saved by a plain Llama: unsteered, and good for that only
+            self._stamps[: self.n_tokens] = _UNKNOWN if any(self._angles.actions()) else _OFF
+            self._opens[: self.n_tokens] = False
+            return
+        numbers = [
+            _UNKNOWN if key is None else self._states.setdefault(key, len(self._states)) for key in known["stamps"]
+        ]
+        self._stamps[: self.n_tokens] = numbers
+        self._opens[: self.n_tokens] = known["opens"]
+
+    # --- measuring and recording ------------------------------------------------------------------------------
+
+    def logits(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        """What the model expects in place of tokens[start:], under the dials: logits (len(tokens) − start, vocabulary).
+
+        tokens[:start] count as the prompt, the rest as the answer. Cached tokens that fit are not evaluated again.
+        """
+        tokens = list(tokens)
+        if not 0 < start < len(tokens) <= self.n_ctx():
+            raise SteerError(
+                f"expected 0 < start < tokens <= {self.n_ctx()}, got {start} and {len(tokens)}; raise --ctx"
+            )
+        self._cut_cache(tokens[:start])
+        self._keep(min(self._shared(tokens), start - 1))
+        actions, response = self._angles.actions(), self._scope == "response"
+        self._eval_under(self._all_off if response else actions, tokens[self.n_tokens : start - 1])
+        found: list[NDArray[np.float32]] = []
+
+        def evaluate(part: Sequence[int]) -> None:
+            # As Llama.eval, with a row of logits for every token; few at a time, a row can be a megabyte.
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+            for i in range(0, len(part), min(64, self.n_batch)):
+                batch = part[i : i + min(64, self.n_batch)]
+                self._batch.set_batch(batch=batch, n_past=self.n_tokens, logits_all=True)
+                self._ctx.decode(self._batch)
+                self.input_ids[self.n_tokens : self.n_tokens + len(batch)] = batch
+                self.n_tokens += len(batch)
+                found.append(np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab)).copy())
+
+        self._eval_under(actions, tokens[start - 1 : -1], response, evaluate)
+        if response:
+            self._opens[start - 1] = True
+        self._requires_eval = True  # what Llama would sample from are not the logits of the last token alone
+        return np.concatenate(found)
+
+    def _shared(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are cached, whatever state computed them."""
+        n = min(self.n_tokens, len(tokens))
+        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], self.input_ids.dtype))
+        return int(differ[0]) if len(differ) else n
+
+    def _keep(self, count: int) -> None:
+        """Cut the cache to its first `count` tokens, or to none where a sliding window has moved past them."""
+        if count and self._ctx.kv_cache_seq_rm(-1, count, -1):
+            self.n_tokens = count
+            self._requires_eval = True
+        else:
+            self.reset()
+
+    def observe(self, tokens: Sequence[int], record: Record) -> None:
+        """Evaluate a prompt unsteered and record the activations of its last token at every site of `hook_sites`.
+
+        Tokens it shares with the last prompt are not evaluated again. Raises SteerError where it exceeds the context.
+        """
+        tokens = list(tokens)
+        if not 0 < len(tokens) <= self.n_ctx():
+            raise SteerError(f"expected a prompt of 1 to {self.n_ctx()} tokens, got {len(tokens)}; raise --ctx")
+        shared = self._shared(tokens[:-1])
+        usable = self._stamps[:shared] == _OFF
+        self._keep(shared if usable.all() else int(np.flatnonzero(~usable)[0]))
+        # The last micro-batch on its own: the only one whose last row is the prompt's last token.
+        last = min(len(tokens) - self.n_tokens, int(self.context_params.n_ubatch))
+        self._eval_under(self._all_off, tokens[self.n_tokens : len(tokens) - last])
+        self._hook.record(record)
+        try:
+            self._eval_under(self._all_off, tokens[len(tokens) - last :])
+        finally:
+            self._hook.record(None)
+
+    @property
+    def hook_sites(self) -> tuple[Site, ...]:
+        """Every site of the model that the hook knows, in the order of a Record's rows."""
+        return self._hook.sites

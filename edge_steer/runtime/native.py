@@ -1,0 +1,289 @@
+"""The native hook, from Python: loads the C library of native/steer.h and hands it ggml's functions.
+
+All that depends on the layout of llama.cpp's memory is checked here, once, when the library is loaded.
+Letters: S sites, d model width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import edge_steer
+from edge_steer.errors import MismatchError, SteerError
+from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo, cos_sin
+from edge_steer.sites import Architecture, Site
+from edge_steer.steering import Steering
+
+ABI = 1
+LLAMA_CPP_PYTHON = "0.3.36"
+_INSTALL = f"pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
+
+_STATUS = {
+    1: "was given a bad argument",
+    2: "ran out of memory",
+    3: "found a tensor that is not F32",
+    4: "found a tensor that is not contiguous",
+    5: "found a tensor of another width",
+    6: "found a tensor whose memory it cannot reach",
+}
+_OP = {"selective": 0, "standard": 1, "adaptive": 1, "ablation": 2, "addition": 3}
+_PATH = {"auto": 0, "host": 1, "copy": 2}
+
+
+class _Ggml(ctypes.Structure):
+    """struct steer_ggml."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "get_name", "nelements", "nrows", "is_contiguous", "get_data", "buffer_is_host", "tensor_get", "tensor_set",
+        )),
+        ("type_offset", c_size_t),
+        ("buffer_offset", c_size_t),
+        ("type_f32", c_int32),
+    )  # fmt: skip
+
+
+class _Record(ctypes.Structure):
+    """struct steer_record."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("sum", "sum_unit", "sum_norm", "count", "rows"))
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where the hook adds the last row h at every site. Zeroed by `Record.zeros`."""
+
+    sum: NDArray[np.float64]  # (S, d) Σh
+    sum_unit: NDArray[np.float64]  # (S, d) Σh/‖h‖
+    sum_norm: NDArray[np.float64]  # (S,) Σ‖h‖
+    count: NDArray[np.int64]  # (S,) rows added
+    rows: NDArray[np.float32]  # (S, d) the latest h
+
+    @classmethod
+    def zeros(cls, sites: int, width: int) -> Record:
+        return cls(
+            np.zeros((sites, width)), np.zeros((sites, width)), np.zeros(sites), np.zeros(sites, np.int64),
+            np.zeros((sites, width), np.float32),
+        )  # fmt: skip
+
+
+@cache
+def _ggml() -> tuple[ctypes.CDLL, _Ggml]:
+    """ggml as llama-cpp-python loaded it, and its functions for the hook; raises MismatchError where they do not fit."""
+    import llama_cpp
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
+        raise MismatchError(f"expected llama-cpp-python {LLAMA_CPP_PYTHON}, found {llama_cpp.__version__}; {_INSTALL}")
+    lib = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+
+    def address(name: str) -> int:
+        return ctypes.cast(getattr(lib, name), c_void_p).value or 0
+
+    type_offset, buffer_offset = 0, 8
+    _check_layout(lib, type_offset, buffer_offset)
+    return lib, _Ggml(
+        address("ggml_get_name"), address("ggml_nelements"), address("ggml_nrows"), address("ggml_is_contiguous"),
+        address("ggml_get_data"), address("ggml_backend_buffer_is_host"), address("ggml_backend_tensor_get"),
+        address("ggml_backend_tensor_set"), type_offset, buffer_offset, llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+
+
+def _check_layout(lib: ctypes.CDLL, type_offset: int, buffer_offset: int) -> None:
+    """ggml exports no getter for a tensor's type and buffer: compare both fields with tensors made through its API."""
+    lib.ggml_init.argtypes, lib.ggml_init.restype = [_InitParams], c_void_p
+    lib.ggml_free.argtypes, lib.ggml_free.restype = [c_void_p], None
+    lib.ggml_new_tensor_1d.argtypes, lib.ggml_new_tensor_1d.restype = [c_void_p, c_int32, c_int64], c_void_p
+    lib.ggml_tensor_overhead.argtypes, lib.ggml_tensor_overhead.restype = [], c_size_t
+    lib.ggml_backend_cpu_buffer_type.argtypes, lib.ggml_backend_cpu_buffer_type.restype = [], c_void_p
+    lib.ggml_backend_alloc_ctx_tensors_from_buft.argtypes = [c_void_p, c_void_p]
+    lib.ggml_backend_alloc_ctx_tensors_from_buft.restype = c_void_p
+    lib.ggml_backend_buffer_free.argtypes, lib.ggml_backend_buffer_free.restype = [c_void_p], None
+
+    types = (0, 1, 24)  # F32, F16, I8
+    context = lib.ggml_init(_InitParams((len(types) + 1) * lib.ggml_tensor_overhead(), None, True))
+    tensors = [lib.ggml_new_tensor_1d(context, type_, 32) for type_ in types]
+    buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, lib.ggml_backend_cpu_buffer_type())
+    try:
+        found = [
+            (c_int32.from_address(tensor + type_offset).value, c_void_p.from_address(tensor + buffer_offset).value)
+            for tensor in tensors
+        ]
+    finally:
+        lib.ggml_backend_buffer_free(buffer)
+        lib.ggml_free(context)
+    if found != [(type_, buffer) for type_ in types]:
+        raise MismatchError(f"this llama.cpp lays its tensors out in another way than edge-steer knows; {_INSTALL}")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """libsteer, with the signatures of steer.h."""
+    for folder in edge_steer.__path__:
+        for found in (Path(folder) / "runtime").glob("libsteer.*"):
+            lib = ctypes.CDLL(str(found))
+            break
+        else:
+            continue
+        break
+    else:
+        raise SteerError("edge-steer's native library is not built; install it with: pip install .")
+    lib.steer_abi.restype = c_int32
+    if lib.steer_abi() != ABI:
+        raise MismatchError(f"expected the native library's ABI {ABI}, found {lib.steer_abi()}; pip install . again")
+    lib.steer_new.argtypes = [
+        POINTER(_Ggml), c_int64, c_int32, POINTER(c_char_p), c_void_p, c_void_p, c_void_p, POINTER(c_void_p),
+    ]  # fmt: skip
+    lib.steer_free.argtypes, lib.steer_free.restype = [c_void_p], None
+    lib.steer_set_path.argtypes = [c_void_p, c_int32]
+    lib.steer_add.argtypes = [
+        c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, POINTER(c_int32),
+    ]  # fmt: skip
+    lib.steer_dial.argtypes = [c_void_p, c_int32, POINTER(c_double)]
+    lib.steer_set_record.argtypes = [c_void_p, POINTER(_Record)]
+    lib.steer_take_status.argtypes = [c_void_p, POINTER(c_int32)]
+    lib.steer_rows.argtypes = [c_void_p, c_int32, c_void_p, c_int64]
+    lib.steer_names.argtypes, lib.steer_names.restype = [c_void_p, c_char_p, c_size_t], c_size_t
+    return lib
+
+
+def _dial(action: Action) -> Any:
+    """{x, y, z} of steer_dial. cos − 1 is formed in double: in float it would lose small angles."""
+    match action:
+        case TurnBy(degrees):
+            c, s = cos_sin(degrees)
+            xyz = (c - 1, s, 0.0)
+        case TurnTo(degrees, threshold):
+            xyz = (*cos_sin(degrees), -np.inf if threshold is None else threshold)
+        case Ablate():
+            xyz = (0.0, 0.0, 0.0)
+        case Add(alpha):
+            xyz = (alpha, 0.0, 0.0)
+    return (c_double * 3)(*xyz)
+
+
+class Hook:
+    """One hook of steer.h, for one context: what it knows of a model are its sites and its width.
+
+    `EDGE_STEER_PATH` = host or copy forces how it reaches a tensor's memory, for tests.
+    """
+
+    def __init__(self, architecture: Architecture, sites: Sequence[Site], width: int) -> None:
+        self._pointer = c_void_p()
+        self._lib = _library()
+        _, ggml = _ggml()
+        self.sites = tuple(sites)
+        self.width = width
+        self.reached = np.zeros(len(self.sites), np.int64)
+        self.turned = np.zeros(len(self.sites), np.int64)
+        self._number = {site: number for number, site in enumerate(self.sites)}
+        kinds = (c_char_p * len(self.sites))(*(architecture.kinds[site.kind].tensor.encode() for site in self.sites))
+        layers = np.array([site.layer for site in self.sites], np.int32)
+        self._check(
+            self._lib.steer_new(
+                ctypes.byref(ggml), width, len(self.sites), kinds, layers.ctypes.data, self.reached.ctypes.data,
+                self.turned.ctypes.data, ctypes.byref(self._pointer),
+            )
+        )  # fmt: skip
+        path = os.environ.get("EDGE_STEER_PATH", "auto")
+        if path not in _PATH:
+            raise SteerError(f"expected EDGE_STEER_PATH to be one of {', '.join(_PATH)}, got {path!r}")
+        self._check(self._lib.steer_set_path(self._pointer, _PATH[path]))
+        self._record: Record | None = None
+
+    @property
+    def callback(self) -> int:
+        """Address of the function for llama.cpp's cb_eval."""
+        return ctypes.cast(self._lib.steer_eval, c_void_p).value or 0
+
+    @property
+    def user_data(self) -> int:
+        """What cb_eval is to be given."""
+        return self._pointer.value or 0
+
+    def add(self, steering: Steering) -> int:
+        """Append a steering, off, behind those already there; returns its number."""
+        sites = np.array([self._number[site] for site in steering.steered], np.int32)
+        planes = np.ascontiguousarray(steering.site_plane[steering.mask], np.int32)
+        scale = np.nan_to_num(steering.mean_norm[steering.mask]).astype(np.float32)
+        basis = np.ascontiguousarray(steering.basis)
+        number = c_int32()
+        self._check(
+            self._lib.steer_add(
+                self._pointer, _OP[steering.operator], len(sites), sites.ctypes.data, planes.ctypes.data,
+                scale.ctypes.data, len(basis), basis.ctypes.data, ctypes.byref(number),
+            )
+        )  # fmt: skip
+        return number.value
+
+    def dial(self, number: int, action: Action | None) -> None:
+        """Let steering `number` do `action` from the next decode on; None is off."""
+        self._check(self._lib.steer_dial(self._pointer, number, None if action is None else _dial(action)))
+
+    def record(self, to: Record | None) -> None:
+        """Record the last row of every site's tensor into `to` until called with None."""
+        self._record = to  # the arrays must live while the hook writes to them
+        if to is None:
+            self._check(self._lib.steer_set_record(self._pointer, None))
+            return
+        arrays = (to.sum, to.sum_unit, to.sum_norm, to.count, to.rows)
+        self._check(
+            self._lib.steer_set_record(self._pointer, ctypes.byref(_Record(*(array.ctypes.data for array in arrays))))
+        )
+
+    def check_status(self) -> None:
+        """Raise SteerError if a decode since the last call met a tensor it could not act on."""
+        site = c_int32()
+        status = self._lib.steer_take_status(self._pointer, ctypes.byref(site))
+        if status:
+            raise SteerError(f"the native hook {_STATUS.get(status, f'failed ({status})')} at {self.sites[site.value]}")
+
+    def rows(self, site: Site, h: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is on at `site`, applied to activations h: (n, d); returns the turned copy."""
+        turned = np.array(h, np.float32, order="C")
+        self._check(self._lib.steer_rows(self._pointer, self._number[site], turned.ctypes.data, len(turned)))
+        return turned
+
+    def node_names(self) -> list[str]:
+        """Names of the graph nodes that came by, sorted, cut at 23 bytes."""
+        size = self._lib.steer_names(self._pointer, None, 0)
+        text = ctypes.create_string_buffer(size)
+        self._lib.steer_names(self._pointer, text, size)
+        return sorted(text.value.decode(errors="replace").splitlines())
+
+    def close(self) -> None:
+        """Free it. The context that calls it must be gone."""
+        if self._pointer:
+            self._lib.steer_free(self._pointer)
+            self._pointer = c_void_p()
+
+    def __del__(self) -> None:
+        if getattr(self, "_pointer", None):
+            self.close()
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise SteerError(f"the native hook {_STATUS.get(status, f'failed ({status})')}")
+
+
+def check_library() -> None:
+    """Raise SteerError where the native library or llama.cpp's tensors are not as this release knows them."""
+    _library()
+    _ggml()

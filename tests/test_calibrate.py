@@ -1,0 +1,244 @@
+"""From prompts to a Steering, with a recorder whose model is known: planted directions come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_steer._version import __version__
+from edge_steer.calibrate import calibrate, passes
+from edge_steer.calibrate.sums import ClassSums, Step
+from edge_steer.contrast import Prompt, PromptSet
+from edge_steer.errors import SteerError
+from edge_steer.rotation import TurnBy
+from edge_steer.sites import Site
+from edge_steer.steering import BaseModel
+
+D, BLOCKS = 24, 4
+SITES = tuple(Site(layer, kind) for layer in range(BLOCKS) for kind in ("attn_norm", "ffn_norm"))
+
+
+class PlantedModel:
+    """A recorder of a made-up model: h = mean + (±1 + shift)·strength·direction + noise, every site its own.
+
+    strength, shift: (S,). A site's class means along its direction are strength·(shift ± 1).
+    """
+
+    name = "native"
+    base = BaseModel("llama", "planted", BLOCKS, D, "abc")
+
+    def __init__(self, sites: Sequence[Site] = SITES, *, noise: float = 0.3) -> None:
+        rng = np.random.default_rng(0)
+        count = len(sites)
+        self.sites = tuple(sites)
+        axes = np.stack([np.linalg.qr(rng.normal(size=(D, 2)))[0].T for _ in range(count)])
+        self.direction, self.mean = axes[:, 0], 10 * axes[:, 1]
+        self.strength, self.shift, self.noise = np.ones(count), np.zeros(count), noise
+
+    def rows(self, prompts: Sequence[Prompt], step: Step) -> Iterator[np.ndarray]:
+        for prompt in prompts:
+            sign, number = prompt.prompt[0], int(prompt.prompt[1:])
+            noise = np.random.default_rng(number + 1000 * (sign == "+")).normal(size=(len(self.sites), D))
+            # Noise that cancels over an even class, so that the class means are exactly as planted.
+            partner = np.random.default_rng((number ^ 1) + 1000 * (sign == "+")).normal(size=(len(self.sites), D))
+            level = self.strength * (self.shift + (1 if sign == "+" else -1))
+            h = self.mean + level[:, None] * self.direction + self.noise * (noise - partner)
+            step(1)
+            yield h.astype(np.float32)
+
+    def sums(self, prompts: Sequence[Prompt], step: Step) -> ClassSums:
+        return ClassSums.of(np.stack(list(self.rows(prompts, step))))
+
+
+def silent(_: int) -> None:
+    """No progress."""
+
+
+def prompt_set(count: int = 10, negative: int | None = None) -> PromptSet:
+    return PromptSet(
+        "mood", "how it feels", "happy", "sad",
+        tuple(Prompt(f"+{number}") for number in range(count)),
+        tuple(Prompt(f"-{number}") for number in range(count if negative is None else negative)),
+        (),
+    )  # fmt: skip
+
+
+def test_planted_directions_come_back_with_their_signs() -> None:
+    model = PlantedModel()
+    steering = calibrate(model, prompt_set())
+    assert (steering.operator, steering.plane, steering.name) == ("selective", "local", "mood")
+    assert steering.sites == SITES
+    assert steering.mask.all()
+    for number, site in enumerate(SITES):
+        b1, b2 = steering.basis_at(site)
+        assert b1 @ model.direction[number] > 0.99999
+        assert b2 @ model.mean[number] < -9.999
+        turned = TurnBy(5.0)(model.mean[number], steering.basis_at(site).astype(np.float64))
+        assert turned @ model.direction[number] == pytest.approx(10 * np.sin(np.deg2rad(5)), rel=1e-3)
+
+
+def test_a_site_where_the_classes_do_not_differ_is_left_out_with_a_note() -> None:
+    model = PlantedModel()
+    model.strength[0] = 0
+    notes: list[str] = []
+    steering = calibrate(model, prompt_set(), note=notes.append)
+    assert steering.sites == SITES[1:]
+    assert len(steering.basis) == len(SITES) - 1
+    assert steering.basis_at(SITES[3])[0] @ model.direction[3] > 0.99999
+    assert notes == ["blk.0.attn_norm is left out: both classes have the same mean activation there"]
+
+
+def test_a_site_whose_mean_is_parallel_to_its_direction_is_left_out_of_planes_but_not_of_addition() -> None:
+    model = PlantedModel(noise=0.0)
+    model.mean[2] = 5 * np.eye(D)[3]
+    model.direction[2] = np.eye(D)[3]
+    notes: list[str] = []
+    assert SITES[2] not in calibrate(model, prompt_set(), note=notes.append).sites
+    assert notes == ["blk.1.attn_norm is left out: its mean activation is parallel to its direction"]
+    assert SITES[2] in calibrate(model, prompt_set(), operator="addition").sites
+
+
+def test_the_mask_follows_the_plane_and_the_operator() -> None:
+    model = PlantedModel()
+    model.shift[[1, 4, 5]] = 3.0  # both class means on one side: not discriminative
+    prompts = prompt_set()
+    assert calibrate(model, prompts).mask.tolist() == [True, False, True, True, False, False, True, True]
+    by_layer = calibrate(model, prompts, mask="layer")
+    assert by_layer.mask.tolist() == [False, False, True, True, False, False, True, True]
+    assert calibrate(model, prompts, mask="all").mask.all()
+    assert calibrate(model, prompts, operator="standard").mask.all()
+    assert calibrate(model, prompts, operator="adaptive").mask.all()
+    assert not calibrate(model, prompts, operator="ablation").mask.all()
+
+
+def shared_direction() -> PlantedModel:
+    """Directions near one of them, which is thus the best; the mean is the same at all sites."""
+    model = PlantedModel()
+    common, other, mean = np.linalg.qr(np.random.default_rng(1).normal(size=(D, 3)))[0].T
+    tilt = np.deg2rad(np.arange(len(SITES)) * 10 - 30)
+    model.direction = np.cos(tilt)[:, None] * common + np.sin(tilt)[:, None] * other
+    model.mean = np.repeat(10 * mean[None] - 3 * other, len(SITES), axis=0)
+    return model
+
+
+def test_the_global_plane_is_the_best_direction_and_the_spread_of_all() -> None:
+    model = shared_direction()
+    steering = calibrate(model, prompt_set(), plane="global", mask="all")
+    assert steering.basis.shape == (1, 2, D)
+    assert not steering.site_plane.any()
+    b1, b2 = steering.basis[0].astype(np.float64)
+    best = max(range(len(SITES)), key=lambda number: float((model.direction @ model.direction[number]).sum()))
+    assert b1 @ model.direction[best] > 0.9999
+    span = np.linalg.qr(model.direction[[0, -1]].T)[0]
+    assert np.linalg.norm(span.T @ b2) > 0.999
+    assert b2 @ model.mean[0] < 0, "a small +θ raises b1·h"
+
+
+def test_the_global_mask_is_by_layer() -> None:
+    model = shared_direction()
+    model.mean = np.repeat(10 * np.linalg.svd(model.direction)[2][-1:], len(SITES), axis=0)
+    model.shift[5] = 4.0
+    steering = calibrate(model, prompt_set(), plane="global")
+    assert steering.mask.tolist() == [True] * 4 + [False] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize("plane", ["local", "global"])
+def test_operators_without_an_angle_keep_one_vector(plane: Any) -> None:
+    for operator in ("ablation", "addition"):
+        steering = calibrate(shared_direction(), prompt_set(), plane=plane, operator=operator, mask="all")
+        full = calibrate(shared_direction(), prompt_set(), plane=plane, mask="all")
+        assert steering.basis.shape == (1 if plane == "global" else len(SITES), 1, D)
+        np.testing.assert_array_equal(steering.basis[:, 0], full.basis[:, 0])
+
+
+def test_planes_are_orthonormal_in_float32() -> None:
+    for plane in ("local", "global"):
+        basis = calibrate(shared_direction(), prompt_set(), plane=plane, mask="all").basis.astype(np.float64)
+        assert np.abs(np.einsum("lrd,lqd->lrq", basis, basis) - np.eye(2)).max() < 1e-6
+
+
+def test_separation_is_the_distance_of_the_means_in_pooled_standard_deviations() -> None:
+    model, prompts = PlantedModel(), prompt_set(70, 9)
+    steering = calibrate(model, prompts, mask="all")
+    positive = np.stack(list(model.rows(prompts.positive[:64], silent)))
+    negative = np.stack(list(model.rows(prompts.negative, silent)))
+    for number, site in enumerate(SITES):
+        b1 = steering.basis_at(site)[0].astype(np.float64)
+        p, n = positive[:, number] @ b1, negative[:, number] @ b1
+        pooled = np.sqrt((63 * p.var(ddof=1) + 8 * n.var(ddof=1)) / 71)
+        assert steering.separation[number] == pytest.approx(abs(p.mean() - n.mean()) / pooled, rel=1e-5)
+
+
+def test_separation_is_nan_where_it_cannot_be_measured() -> None:
+    assert np.isnan(calibrate(PlantedModel(), prompt_set(4, 1), mask="all").separation).all()
+    assert np.isnan(calibrate(PlantedModel(noise=0.0), prompt_set()).separation).all()
+
+
+def test_mean_norm_is_the_mean_over_both_classes() -> None:
+    model = PlantedModel(noise=0.0)
+    model.shift[:] = 1.0
+    steering = calibrate(model, prompt_set(6, 2), mask="all")
+    np.testing.assert_allclose(steering.mean_norm, (6 * np.sqrt(104) + 2 * 10) / 8, rtol=1e-6)
+
+
+def test_the_steering_says_how_it_was_made() -> None:
+    prompts = prompt_set(6, 4)
+    steering = calibrate(PlantedModel(), prompts, name="mine")
+    assert (steering.name, steering.description) == ("mine", "how it feels")
+    assert (steering.positive, steering.negative) == ("happy", "sad")
+    assert steering.base == PlantedModel.base
+    made = steering.made
+    assert (made.recorder, made.model, made.version) == ("native", "planted", __version__)
+    assert made.prompts_sha256 == prompts.sha256
+    assert (made.positive_count, made.negative_count) == (6, 4)
+    assert datetime.fromisoformat(made.date).tzinfo is not None
+    assert np.isnan([steering.angle, steering.angle_min, steering.angle_max, steering.threshold]).all()
+    assert calibrate(PlantedModel(), prompts, operator="adaptive").threshold == 0.0
+
+
+def test_progress_counts_every_prompt_that_runs() -> None:
+    prompts, steps = prompt_set(70, 5), list[int]()
+    calibrate(PlantedModel(), prompts, mask="all", step=steps.append)
+    assert sum(steps) == passes(prompts) == 70 + 5 + 64 + 5
+
+
+def test_the_residual_stream_takes_addition_only() -> None:
+    model = PlantedModel([Site(layer, "layer_out") for layer in range(BLOCKS)])
+    assert calibrate(model, prompt_set(), operator="addition").mask.all()
+    with pytest.raises(SteerError, match="expected operator addition at layer_out sites, got selective"):
+        calibrate(model, prompt_set())
+
+
+def test_what_cannot_be_calibrated_is_one_clear_line() -> None:
+    def line(model: PlantedModel, prompts: PromptSet, **options: Any) -> str:
+        with pytest.raises(SteerError) as caught:
+            calibrate(model, prompts, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    model, prompts = PlantedModel(), prompt_set()
+    equal = PlantedModel()
+    equal.strength[:] = 0
+    one_sided = PlantedModel()
+    one_sided.shift[:] = 3
+    assert "differ somewhere" in line(equal, prompts)
+    assert line(one_sided, prompts).endswith("use --mask all")
+    assert line(one_sided, prompts, mask="layer").endswith("use --mask all")
+    assert line(model, prompts, operator="rotate").startswith("expected operator among selective")
+    assert line(model, prompts, plane="round").startswith("expected plane among local, global")
+    assert line(model, prompts, mask="none").startswith("expected mask among site, layer, all")
+
+
+def test_a_class_without_prompts_is_an_error() -> None:
+    prompts = prompt_set()
+    try:
+        empty = dataclasses.replace(prompts, negative=())
+    except SteerError:
+        return  # a PromptSet that refuses it is as good
+    with pytest.raises(SteerError, match="at least one negative prompt"):
+        calibrate(PlantedModel(), empty)

@@ -1,0 +1,291 @@
+"""Prompts, prompt sets and presets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_steer.cli.presets import presets
+from edge_steer.contrast import (
+    LONGEST_LINE,
+    Probe,
+    Prompt,
+    PromptSet,
+    load_preset,
+    neutral_passages,
+    preset_names,
+    prompt_set,
+    read_prompts,
+)
+from edge_steer.errors import FormatError, SteerError
+
+NAMES = ("confidence", "formality", "refusal", "sentiment", "verbosity", "warmth")
+
+Write = Callable[[str, bytes | str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_(name: str, content: bytes | str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write_
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "Hi there.\n\n  How are you?  \n"),
+        ("p.TXT", "Hi there.\nHow are you?"),
+        ("p.jsonl", '{"prompt": "Hi there."}\n\n{"prompt": "How are you?", "system": null}\n'),
+        ("p.csv", "prompt\nHi there.\n\nHow are you?\n"),
+        ("p.csv", "system, prompt,prefix\n,Hi there.,\n,How are you?\n"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_every_format_reads_with_any_line_end_and_with_a_utf8_bom(
+    write: Write, name: str, content: str, end: str, bom: bytes
+) -> None:
+    path = write(name, bom + content.replace("\n", end).encode())
+    assert read_prompts(path) == (Prompt("Hi there."), Prompt("How are you?"))
+    assert read_prompts(str(path)) == read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "a, \\"b\\"\\nc\u2028d", "system": "Be brief.", "prefix": " Well,"}'),
+        ("p.csv", 'prefix,prompt,system\n" Well,","a, ""b""\nc\u2028d",Be brief.\n'),
+    ],
+)
+def test_system_and_prefix_commas_quotes_and_line_separators_survive(write: Write, name: str, content: str) -> None:
+    assert read_prompts(write(name, content)) == (Prompt('a, "b"\nc\u2028d', "Be brief.", " Well,"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "words"),
+    [
+        ("p.txt", b"", None, "empty file"),
+        ("p.txt", b"\n \n", None, "got none"),
+        ("p.txt", b"\xef\xbb\xbf", None, "got none"),
+        ("p.csv", b"prompt\n", None, "got none"),
+        ("p.txt", b"a\nb\0c\n", 2, "binary"),
+        ("p.txt", b"a\r\nb\r\n\xe9t\xe9\r\n", 3, "expected UTF-8, got byte 0xe9"),
+        ("p.txt", b"\xef\xbb\xbfa\n\xff", 2, "expected UTF-8, got byte 0xff"),
+        ("p.txt", "a\n".encode("utf-16"), 1, "UTF-16"),
+        ("p.txt", "a\nb\n" + "x" * (LONGEST_LINE + 1), 3, "100001"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', 2, "invalid JSON"),
+        ("p.jsonl", '["a"]\n', 1, "expected a JSON object"),
+        ("p.jsonl", "[" * 50_000, 1, "invalid JSON"),
+        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", 1, "p.jsonl"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": 3}\n', 3, "expected text as prompt, got 3"),
+        ("p.jsonl", '{"prompt": "a", "system": ["b"]}\n', 1, "expected text as system"),
+        ("p.jsonl", '{"prompt": " "}\n', 1, "expected text as prompt, got a blank"),
+        ("p.jsonl", '{"prompt": "a", "system": ""}\n', 1, "expected text as system, got a blank"),
+        ("p.jsonl", '{"system": "a"}\n', 1, "expected text as prompt, got None"),
+        ("p.jsonl", '{"prompt": "\\ud800"}\n', 1, "surrogate"),
+        ("p.jsonl", '{"prompt": "a", "promt": "b", "x": 1}\n', 1, "'promt', 'x'"),
+        ("p.csv", "text,system\na,b\n", 1, "prompt column"),
+        ("p.csv", "\nprompt,sistem\na,\n", 2, "'sistem'"),
+        ("p.csv", "prompt,prompt\na,b\n", 1, "every column once"),
+        ("p.csv", 'prompt,system\n"a\nb",c\nYes, sir, no.,d\n', 4, "at most 2 cells, got 4"),
+        ("p.csv", "prompt,system\na,b\n,c\n", 3, "expected text as prompt, got a blank"),
+        ("p.csv", "system,prompt\na\n", 2, "expected text as prompt, got None"),
+        ("p.csv", 'prompt\na\n"b\nc\n', 3, "expected a CSV row"),
+        ("p.csv", "prompt\n" + "x" * (LONGEST_LINE + 1), 2, "100001"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_with_file_and_line(
+    write: Write, name: str, content: bytes | str, line: int | None, words: str
+) -> None:
+    path = write(name, content)
+    with pytest.raises(FormatError) as caught:
+        read_prompts(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}: " if line else f"{path}: ")
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 300
+
+
+def test_a_missing_file_a_folder_and_another_suffix_are_refused(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    write("p.json", "[]")
+    write("p", "a")
+    for name, words in (
+        ("none.txt", "no such file"),
+        ("folder.txt", "a folder"),
+        ("p.json", "got .json"),
+        ("p", "got no suffix"),
+        ("-", "got no suffix"),
+    ):
+        with pytest.raises(SteerError, match=words) as caught:
+            read_prompts(tmp_path / name)
+        assert name in str(caught.value)
+
+
+PIECES = b"""{"prompt": |"a"|}|\n|\r|\xff|\xef\xbb\xbf|,|"|\\ud800|prompt,system|null|1e999|\xe2\x80\xa8| """.split(
+    b"|"
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    suffix=st.sampled_from(["txt", "jsonl", "csv"]), data=st.binary() | st.lists(st.sampled_from(PIECES)).map(b"".join)
+)
+def test_any_bytes_are_prompts_or_a_one_line_error(tmp_path: Path, suffix: str, data: bytes) -> None:
+    path = tmp_path / f"p.{suffix}"
+    path.write_bytes(data)
+    refusal = None
+    try:
+        prompts = read_prompts(path)
+    except SteerError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert all(prompt.prompt.strip().encode() for prompt in prompts)
+    else:
+        assert refusal.startswith(str(path))
+        assert "\n" not in refusal
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 3), min_size=1, max_size=4
+    )
+)
+def test_what_json_writes_is_read_back(tmp_path: Path, rows: list[tuple[str, str, str]]) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = (
+        json.dumps(dict(zip(("prompt", "system", "prefix"), row, strict=True)), ensure_ascii=False) for row in rows
+    )
+    path.write_bytes("\n".join(lines).encode())
+    assert read_prompts(path) == tuple(Prompt(*row) for row in rows)
+
+
+# --- sets ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_files_make_a_set_named_after_them_and_may_differ_in_length(write: Write) -> None:
+    happy, sad = write("happy.txt", "a\nb\n"), write("sad.txt", "c\n")
+    made = prompt_set(happy, sad, "mood")
+    assert (made.name, made.positive_name, made.negative_name) == ("mood", "happy", "sad")
+    assert (len(made.positive), len(made.negative), made.probes) == (2, 1, ())
+
+
+def test_two_equal_sides_are_refused_whatever_their_order_and_format(write: Write) -> None:
+    for other in (write("q.txt", "b\na\n"), write("q.csv", "prompt\na\nb\n"), write("p.txt", "a\nb\n")):
+        with pytest.raises(SteerError, match="the two sides are the same"):
+            prompt_set(write("p.txt", "a\nb\n"), other, "x")
+    assert prompt_set(write("p.txt", "a\nb\n"), write("q.txt", "a\na\nb\n"), "x").negative
+
+
+def test_a_set_with_an_empty_side_is_refused(write: Write) -> None:
+    with pytest.raises(FormatError, match=r"empty\.txt: .*empty file"):
+        prompt_set(write("p.txt", "a\n"), write("empty.txt", ""), "x")
+    with pytest.raises(SteerError, match="no negative one"):
+        PromptSet("x", "", "p", "n", (Prompt("a"),), ())
+    with pytest.raises(SteerError, match="no positive one"):
+        PromptSet("x", "", "p", "n", (), (Prompt("a"),))
+
+
+def test_sha256_tells_any_two_sets_of_prompts_apart_and_knows_only_the_prompts() -> None:
+    a, b, c = Prompt("a"), Prompt("b"), Prompt("c")
+
+    def sha(positive: tuple[Prompt, ...], negative: tuple[Prompt, ...], name: str = "x") -> str:
+        return PromptSet(name, name, name, name, positive, negative).sha256
+
+    sets = [
+        ((a,), (b,)), ((b,), (a,)), ((a, b), (c,)), ((a,), (b, c)), ((b, a), (c,)), ((Prompt("ab"),), (c,)),
+        ((Prompt("a", "b"),), (c,)), ((Prompt("a", None, "b"),), (c,)),
+    ]  # fmt: skip
+    assert len({sha(*sides) for sides in sets}) == len(sets)
+    assert sha((a,), (b,), "x") == sha((a,), (b,), "y")
+    # Kept in steering files: a change of the encoding would orphan them.
+    assert sha((a,), (b,)) == "3b5595a019866d71fe9857df20064e9f81eb22cb1f79f2d2fc47567dbafb1d59"
+
+
+def test_prompts_and_probes_are_frozen_and_refuse_what_is_no_text() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Prompt("a").prompt = "b"  # type: ignore[misc]
+    for bad in ("", " \n", None, 3, "\ud800"):
+        with pytest.raises(FormatError, match="as prompt"):
+            Prompt(bad)  # type: ignore[arg-type]
+        with pytest.raises(FormatError, match="as negative"):
+            Probe("a", "b", bad)  # type: ignore[arg-type]
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def test_the_six_presets_ship() -> None:
+    assert preset_names() == NAMES
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_has_enough_pairs_that_differ_and_none_twice(name: str) -> None:
+    preset = load_preset(name)
+    assert preset.name == name
+    assert len(preset.positive) == len(preset.negative) >= 48
+    pairs = list(zip(preset.positive, preset.negative, strict=True))
+    assert all(positive != negative for positive, negative in pairs)
+    prompts = [*preset.positive, *preset.negative]
+    assert len(set(prompts)) == len(prompts)
+    assert preset.description.endswith(".")
+    assert preset.positive_name != preset.negative_name
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_probes_of_a_preset_are_enough_distinct_and_unseen(name: str) -> None:
+    preset = load_preset(name)
+    assert len(preset.probes) >= 16
+    asked = [probe.prompt for probe in preset.probes]
+    assert len(set(asked)) == len(asked)
+    assert not set(asked) & {prompt.prompt for prompt in (*preset.positive, *preset.negative)}
+    assert all(probe.positive != probe.negative for probe in preset.probes)
+
+
+def test_there_are_neutral_passages_enough_and_none_twice() -> None:
+    passages = neutral_passages()
+    assert len(set(passages)) == len(passages) >= 40
+    assert all(passage == passage.strip() != "" for passage in passages)
+
+
+@pytest.mark.parametrize("name", ["none", "", "..", "../presets/sentiment"])
+def test_an_unknown_preset_is_refused_with_the_names_there_are(name: str) -> None:
+    with pytest.raises(SteerError, match="sentiment, verbosity, warmth"):
+        load_preset(name)
+
+
+def test_the_verb_lists_the_presets_and_shows_one() -> None:
+    run = CliRunner().invoke
+    lines = run(presets, []).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["name", *NAMES]
+    rows = json.loads(run(presets, ["--json"]).stdout)
+    assert [row["name"] for row in rows] == list(NAMES)
+    assert rows[0]["pairs"] == len(load_preset(NAMES[0]).positive)
+
+    first = load_preset("sentiment")
+    shown = run(presets, ["sentiment"]).stdout
+    assert first.description in shown
+    for i in range(3):
+        for text in (first.positive[i].prompt, first.negative[i].prompt, first.probes[i].prompt):
+            assert text in shown
+    one = json.loads(run(presets, ["sentiment", "--json"]).stdout)
+    assert one["example_pairs"][0] == {"positive": first.positive[0].prompt, "negative": first.negative[0].prompt}
+    assert one["example_probes"][2] == vars(first.probes[2])
+
+    assert isinstance(run(presets, ["none"]).exception, SteerError)
