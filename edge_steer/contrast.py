@@ -19,7 +19,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,10 @@ class PromptSet:
         # The class means know no order.
         if Counter(self.positive) == Counter(self.negative):
             raise SteerError(f"prompts {self.name!r}: the two sides are the same; give two that differ")
+
+    def first(self, count: int) -> PromptSet:
+        """The first `count` prompts of each side."""
+        return replace(self, positive=self.positive[:count], negative=self.negative[:count])
 
     @cached_property
     def sha256(self) -> str:

@@ -195,6 +195,11 @@ def resolve(model: str | Path, *, fetch: bool = False, progress: Progress = _no_
     return _download(wanted, progress)
 
 
+def is_gguf(model: str | Path) -> bool:
+    """Whether `model` means a GGUF, by its suffix or as a name of the registry; else Hugging Face's: a directory or hub id."""
+    return str(model) in {each.name for each in entries()} or Path(model).suffix.lower() == ".gguf" or Path(model).is_file()
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

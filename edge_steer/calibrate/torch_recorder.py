@@ -103,6 +103,11 @@ class TorchRecorder:
             batch_size,
         )
 
+    @property
+    def uses_plain_template(self) -> bool:
+        """Whether the model brought no chat template."""
+        return self.template.is_plain
+
     def sums(self, prompts: Sequence[Prompt], step: Step) -> ClassSums:
         """The sums over `prompts`, run in batches of similar length."""
         tokens = sorted(map(self._tokens, prompts), key=len, reverse=True)

@@ -36,7 +36,7 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
     from edge_steer.runtime.chat import Sampling, stream_answer
     from edge_steer.runtime.llama import SteeredLlama
 
-    resolve(MODEL)
+    resolve(MODEL, fetch=True)
     path, parameters = options.run_parameters(MODEL, ctx=ctx or 1024, gpu_layers=gpu_layers, threads=threads, seed=seed)
     prompts = load_preset(PRESET)
     with bar("calibrating", len(prompts.positive) + len(prompts.negative)) as step:

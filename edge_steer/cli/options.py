@@ -67,7 +67,7 @@ def run_parameters(
     from edge_steer.model_file import read_model
     from edge_steer.registry import resolve
 
-    path = resolve(model)
+    path = resolve(model, fetch=True)
     if path.is_dir():
         raise SteerError(f"{path}: expected a .gguf file, got a Hugging Face directory; convert it to GGUF first")
     trained = read_model(path).context_length or 4096

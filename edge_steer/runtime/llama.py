@@ -95,7 +95,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         # Which state computed a cached token, and where a response began; meaningful below n_tokens.
         self._stamps = np.zeros(len(self.input_ids), np.int32)
         self._opens = np.zeros(len(self.input_ids), np.bool_)
-        if "chat_format" not in llama and "chat_handler" not in llama:
+        self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))
+        if self._chose_chat_format:
             self._choose_chat_format()
 
     # --- the dial ---------------------------------------------------------------------------------------------
@@ -154,12 +155,24 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._context_params = params
 
     def _choose_chat_format(self) -> None:
-        """Chat completions use the model's own template as it stands, or the plain one; never another model's."""
-        if "tokenizer.chat_template" in self.metadata:
-            self.chat_format = "chat_template.default"
+        """Chat completions use the model's own template as it stands, or the plain one; never another model's.
+
+        llama-cpp-python adds no BOS to a rendered chat; where the model wants one and its template writes none, it is
+        written here, so that a chat has the tokens that were calibrated on.
+        """
+        template, bos = self.chat_template, self._token_text(self.token_bos())
+        adds_bos = self._model.add_bos_token()
+        if template.source is None:
+            source, bos = PLAIN_TEMPLATE, bos if adds_bos else ""
+        elif adds_bos and not template.starts_with_bos(template.render([{"role": "user", "content": "x"}])):
+            source = "{{ bos_token }}" + template.source
         else:
-            bos = self._token_text(self.token_bos()) if self._model.add_bos_token() else ""
-            self.chat_handler = Jinja2ChatFormatter(PLAIN_TEMPLATE, eos_token="", bos_token=bos).to_chat_handler()
+            source = template.source
+        eos = self.token_eos()
+        formatter = Jinja2ChatFormatter(
+            template=source, eos_token=self._token_text(eos), bos_token=bos, stop_token_ids=[eos]
+        )
+        self.chat_handler = formatter.to_chat_handler()
 
     def _token_text(self, token: int) -> str:
         return "" if token < 0 else str(self._model.token_get_text(token))
@@ -192,7 +205,9 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"steering": self.steerings, "angles": dict(self._angles), "scope": self._scope}
+        own: dict[str, Any] = {"steering": self.steerings, "angles": dict(self._angles), "scope": self._scope}
+        if self._chose_chat_format:  # a closure, and chosen again when it is made again
+            own |= {"chat_format": None, "chat_handler": None}
         return {**super().__getstate__(), **own}
 
     # --- the cache rule ---------------------------------------------------------------------------------------
