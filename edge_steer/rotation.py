@@ -1,4 +1,4 @@
-"""The mathematics of steering, in numpy. The one reference: native code, adapters and baked weights are tested against it.
+"""The mathematics of steering, in numpy: the one reference that native code, adapters and baked weights are tested on.
 
 Letters: n tokens, d model width, m outputs of a weight. Angles are degrees here as everywhere outside a formula.
 h: (n, d) activations. B: (rank, d) orthonormal rows b1, b2. P = b1b1ᵀ + b2b2ᵀ, J = b2b1ᵀ − b1b2ᵀ.
@@ -94,7 +94,8 @@ class Add:
     alpha: float
 
     def __call__(self, h: Array, basis: Array, mean_norm: float = 1.0) -> Array:
-        return h + np.asarray(self.alpha * mean_norm, h.dtype) * basis[0]
+        step: Array = np.asarray(self.alpha * mean_norm, h.dtype) * basis[0]
+        return h + step
 
 
 # What one steering does to the activations (n, d) at a site with basis (rank, d) and mean norm r.

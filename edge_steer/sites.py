@@ -19,7 +19,7 @@ DEFAULT_KINDS = ("attn_norm", "attn_norm_2", "ffn_norm")
 
 @dataclass(frozen=True)
 class Site:
-    """One site: `kind` (a key of KINDS) in block `layer` (0-based). Written `blk.20.attn_norm`. Sorts in network order."""
+    """One site: `kind` (one of KINDS) in block `layer`, from 0. Written `blk.20.attn_norm`; sorts in network order."""
 
     layer: int
     kind: str
@@ -78,7 +78,9 @@ class Architecture:
         for kind in wanted:
             if kind not in self.kinds:
                 known = ", ".join(self.kinds)
-                raise SteerError(f"expected sites among default, all, {known} for architecture {self.name}, got {kind!r}")
+                raise SteerError(
+                    f"expected sites among default, all, {known} for architecture {self.name}, got {kind!r}"
+                )
         return tuple(kind for kind in KINDS if kind in wanted)
 
     def sites(self, block_count: int, choice: str = "default") -> tuple[Site, ...]:
@@ -106,9 +108,7 @@ class Architecture:
         if not suffixes:
             raise SteerError(f"{site} writes to the residual stream, no single weight reads it; use the hook")
         present = set(tensors)
-        found = tuple(
-            name for suffix in suffixes if (name := f"blk.{site.layer}.{suffix}.weight") in present
-        )
+        found = tuple(name for suffix in suffixes if (name := f"blk.{site.layer}.{suffix}.weight") in present)
         if not found:
             raise SteerError(f"expected one of {', '.join(suffixes)} in block {site.layer} to read {site}, found none")
         return found
@@ -173,16 +173,19 @@ def _falcon(two_norms: bool = False) -> Architecture:
 
 
 _KNOWN = (
-    *map(_pre_norm, ("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma", "smollm3", "olmoe")),
+    *map(
+        _pre_norm, ("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma", "smollm3", "olmoe")
+    ),
     *map(_sandwich_norm, ("gemma2", "gemma3")),
     _one_norm("phi2", "model.layers"),
     _one_norm("command-r", "model.layers"),
     _falcon(),
     _gpt_neox(),
 )
-# Graph node names read off llama.cpp's model sources; which weights read them is not checked, so they only run live.
+# Node names read off llama.cpp's model sources; which weights read them was not checked, so these only run live.
 _HOOK_ONLY_PRE_NORM = (
-    "apertus", "arcee", "baichuan", "bailingmoe", "bailingmoe2", "chatglm", "codeshell", "deci", "deepseek", "deepseek2",
+    "apertus", "arcee", "baichuan", "bailingmoe", "bailingmoe2", "chatglm", "codeshell", "deci", "deepseek",
+    "deepseek2",
     "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone-moe", "glm4", "gpt2", "granite", "granitemoe", "grovemoe",
     "hunyuan-moe", "internlm2", "jais", "jais2", "llama4", "maincoder", "minicpm", "minicpm3", "minimax-m2", "mpt",
     "nemotron", "olmo", "openelm", "orion", "pangu-embedded", "qwen", "refact", "smallthinker", "stablelm", "starcoder",

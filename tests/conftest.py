@@ -1,27 +1,28 @@
-"""What tests share."""
+"""What tests share: the two small real models, fetched once into the cache."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from edge_steer import SteerError, registry
 
-def _model(name: str) -> Path:
-    folder = os.environ.get("EDGE_STEER_TEST_MODELS")
-    if folder is None or not (path := Path(folder) / name).is_file():
-        pytest.skip(f"EDGE_STEER_TEST_MODELS names no folder with {name}")
-    return path
+
+def _fetched(name: str) -> Path:
+    try:
+        return registry.resolve(name, fetch=True)
+    except SteerError as error:
+        pytest.skip(f"cannot test on the real model {name}: {error}")
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, Q4_1."""
-    return _model("smollm2.gguf")
+    return _fetched("smollm2-135m")
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
     """Gemma-3-270M base, Q4_K_M."""
-    return _model("gemma3.gguf")
+    return _fetched("gemma3-270m")

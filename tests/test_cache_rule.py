@@ -17,12 +17,12 @@ from planted import random_steering
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny  # noqa: E402
+import tiny
 
-from edge_steer.model_file import read_model  # noqa: E402
-from edge_steer.runtime.llama import SteeredLlama  # noqa: E402
-from edge_steer.sites import architecture  # noqa: E402
-from edge_steer.steering import Steering  # noqa: E402
+from edge_steer.model_file import read_model
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.sites import architecture
+from edge_steer.steering import Steering
 
 HEAD = list(range(30, 60))  # what a chat template repeats
 ONE, OTHER = [*HEAD, 70, 71, 72, 73], [*HEAD, 80, 81]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import llama_cpp
 import numpy as np
 import pytest
@@ -12,12 +10,12 @@ from planted import DIAL, random_steering
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny  # noqa: E402
+import tiny
 
-from edge_steer.model_file import read_model  # noqa: E402
-from edge_steer.runtime.llama import SteeredLlama  # noqa: E402
-from edge_steer.sites import architecture  # noqa: E402
-from edge_steer.steering import OPERATORS, Operator, Steering  # noqa: E402
+from edge_steer.model_file import read_model
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.sites import architecture
+from edge_steer.steering import OPERATORS, Operator, Steering
 
 TOKENS = [256, *range(40, 100)]
 EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
@@ -50,7 +48,9 @@ def assert_same_logits(model: tiny.TinyModel, actions: list[tuple[Steering, floa
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_hook_and_torch_give_the_same_logits(models: dict[str, tiny.TinyModel], family: str, operator: Operator) -> None:
+def test_hook_and_torch_give_the_same_logits(
+    models: dict[str, tiny.TinyModel], family: str, operator: Operator
+) -> None:
     model = models[family]
     assert_same_logits(model, [(steering_for(model, operator), DIAL[operator])])
 

@@ -17,15 +17,15 @@ from planted import random_steering
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny  # noqa: E402
+import tiny
 
-from edge_steer import MismatchError, NoEffectError, SteerError  # noqa: E402
-from edge_steer.model_file import read_model  # noqa: E402
-from edge_steer.runtime import llama as seam  # noqa: E402
-from edge_steer.runtime import native  # noqa: E402
-from edge_steer.runtime.llama import SteeredLlama  # noqa: E402
-from edge_steer.sites import Architecture, Site, SiteKind, architecture  # noqa: E402
-from edge_steer.steering import Steering  # noqa: E402
+from edge_steer import MismatchError, NoEffectError, SteerError
+from edge_steer.model_file import read_model
+from edge_steer.runtime import llama as seam
+from edge_steer.runtime import native
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.sites import Architecture, Site, SiteKind, architecture
+from edge_steer.steering import Steering
 
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
 CHAT = [{"role": "user", "content": "Hello there"}]
@@ -109,8 +109,8 @@ def test_a_steering_for_another_model_is_refused_with_both_values(model: Path) -
     longer = steering.with_(base=dataclasses.replace(steering.base, block_count=9))
     with pytest.raises(MismatchError, match=r"9.*3"):
         SteeredLlama(model, steering=longer, angle=5, **ONE_THREAD)
+    other = steering.with_(base=dataclasses.replace(steering.base, architecture="qwen2"))
     with pytest.raises(MismatchError, match=r"qwen2.*llama"):
-        other = steering.with_(base=dataclasses.replace(steering.base, architecture="qwen2"))
         SteeredLlama(model, steering=other, angle=5, **ONE_THREAD)
 
 
@@ -136,7 +136,9 @@ def test_a_graph_without_the_named_tensor_is_an_error_that_lists_what_it_has(
 ) -> None:
     """As if llama.cpp had renamed the node."""
     known = architecture("llama")
-    renamed = Architecture("llama", {**known.kinds, "ffn_norm": SiteKind("ffn_norm_new", "post_attention_layernorm", ())})
+    renamed = Architecture(
+        "llama", {**known.kinds, "ffn_norm": SiteKind("ffn_norm_new", "post_attention_layernorm", ())}
+    )
     monkeypatch.setattr(seam, "architecture", lambda *_: renamed)
     llm = SteeredLlama(model, steering=steering_for(model), angle=5, **ONE_THREAD)
     with pytest.raises(NoEffectError, match=r"met 3 of its 6 sites.*blk\.0\.ffn_norm.*attn_norm.*ffn_norm"):

@@ -43,7 +43,7 @@ class NativeRecorder:
         if (counts != len(prompts)).any():
             site = self.sites[int(np.flatnonzero(counts != len(prompts))[0])]
             raise SteerError(
-                f"expected {len(prompts)} activations at {site}, got {counts.min()}: this model's graph has no such tensor; "
+                f"expected {len(prompts)} activations at {site}, got {counts.min()}: this graph has no such tensor; "
                 "run `edge-steer doctor -m MODEL` to see the sites it has"
             )
         return ClassSums(

@@ -25,7 +25,8 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 def log_probabilities(llm: SteeredLlama, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
     """Log-probability of each of tokens[start:], given those before it, under the dials as they stand."""
     chosen = log_softmax(llm.logits(tokens, start))
-    return chosen[np.arange(len(tokens) - start), np.asarray(tokens[start:])]
+    picked: NDArray[np.float32] = chosen[np.arange(len(tokens) - start), np.asarray(tokens[start:])]
+    return picked
 
 
 def answer_tokens(llm: SteeredLlama, prompt: str, answer: str) -> tuple[list[int], int]:

@@ -122,7 +122,7 @@ def split_dial(argument: str) -> tuple[str, float | None]:
 def named_steerings(
     arguments: Sequence[str], *, angle: float | None = None, strength: float | None = None
 ) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
-    """The steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default."""
+    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default."""
     if angle is not None and strength is not None:
         raise SteerError("expected an angle or a strength, got both")
     steerings: list[Steering] = []

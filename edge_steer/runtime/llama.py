@@ -281,10 +281,11 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         for each in on:
             if missing := [site for site in each.steered if site not in met]:
                 self.reset()
+                wanted, found = len(each.steered), len(each.steered) - len(missing)
                 names = sorted({name.rsplit("-", 1)[0] for name in self._hook.node_names() if "norm" in name})
                 raise NoEffectError(
-                    f"steering {each.name!r} met {len(each.steered) - len(missing)} of its {len(each.steered)} sites, not "
-                    f"{missing[0]}; this model's graph has: {', '.join(names) or 'no norm tensors'}"
+                    f"steering {each.name!r} met {found} of its {wanted} sites, not {missing[0]}; "
+                    f"this model's graph has: {', '.join(names) or 'no norm tensors'}"
                 )
         self._proven = len(on) == len(self.steerings)
 

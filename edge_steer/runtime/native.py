@@ -85,7 +85,7 @@ class Record:
 
 @cache
 def _ggml() -> tuple[ctypes.CDLL, _Ggml]:
-    """ggml as llama-cpp-python loaded it, and its functions for the hook; raises MismatchError where they do not fit."""
+    """ggml as llama-cpp-python loaded it, and its functions for the hook. Raises MismatchError if they do not fit."""
     import llama_cpp
     from llama_cpp._ctypes_extensions import load_shared_library
 

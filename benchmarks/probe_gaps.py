@@ -1,0 +1,95 @@
+"""Effect and cost of every preset: the change of the probe gap and of the log-probability of neutral text, by angle.
+
+    python benchmarks/probe_gaps.py                              # both small models, all presets, three kinds of plane
+    python benchmarks/probe_gaps.py --models smollm2-135m --presets sentiment
+
+The probe gap is the mean over a preset's probes of the log-probability per token of the positive minus the negative
+continuation; neutral is the mean log-probability per token of plain prose. Both are told as the change from off.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibrate.sums import ClassSums
+from edge_steer.contrast import Probe, Prompt, load_preset, neutral_passages, preset_names
+from edge_steer.evaluate.metrics import probe_gaps, text_log_probabilities
+from edge_steer.registry import resolve
+from edge_steer.runtime.llama import SteeredLlama
+
+VARIANTS = (("local", "site"), ("local", "all"), ("global", "layer"))
+
+
+class Remembered:
+    """A recorder that records each class once, however many steerings are made from it."""
+
+    def __init__(self, recorder: NativeRecorder) -> None:
+        self.name, self.base, self.sites = recorder.name, recorder.base, recorder.sites
+        self._recorder = recorder
+        self._sums: dict[tuple[Prompt, ...], ClassSums] = {}
+        self._rows: dict[tuple[Prompt, ...], list[NDArray[np.float32]]] = {}
+
+    def sums(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> ClassSums:
+        key = tuple(prompts)
+        if key not in self._sums:
+            self._sums[key] = self._recorder.sums(prompts, step)
+        return self._sums[key]
+
+    def rows(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
+        key = tuple(prompts)
+        if key not in self._rows:
+            self._rows[key] = [row.copy() for row in self._recorder.rows(prompts, step)]
+        yield from self._rows[key]
+
+
+@click.command()
+@click.option("--models", default="smollm2-135m,gemma3-270m", show_default=True)
+@click.option("--presets", default=",".join(preset_names()), show_default=True)
+@click.option("--angles", default="-16,-12,-8,-4,4,8,12,16", show_default=True)
+@click.option("--passages", default=12, show_default=True, help="How many neutral passages, spread over the file.")
+@click.option("--threads", default=2, show_default=True)
+def main(models: str, presets: str, angles: str, passages: int, threads: int) -> None:
+    """Print a Markdown table per model."""
+    dials = [float(angle) for angle in angles.split(",")]
+    run = {"n_ctx": 512, "n_threads": threads, "n_threads_batch": threads}
+    neutral = neutral_passages()
+    neutral = neutral[:: max(1, len(neutral) // passages)][:passages]
+    print(f"`{' '.join(['python', *sys.argv])}`")
+    for model in models.split(","):
+        path = resolve(model, fetch=True)
+        recorder = NativeRecorder(path, **run)
+        print(f"\n### {model}: change of probe gap / of neutral text, nats per token\n")
+        print("| preset | planes, mask | sites | " + " | ".join(f"{dial:+g}°" for dial in dials) + " |")
+        print("|---|---|---|" + "---|" * len(dials))
+        for name in presets.split(","):
+            prompts = load_preset(name)
+            remembered = Remembered(recorder)
+            for plane, mask in VARIANTS:
+                steering = calibrate(remembered, prompts, plane=plane, mask=mask)
+                llm = SteeredLlama(path, steering=steering, angle=None, **run)
+                gap, cost = measured(llm, prompts.probes, neutral, None)
+                cells = []
+                for dial in dials:
+                    turned_gap, turned_cost = measured(llm, prompts.probes, neutral, dial)
+                    cells.append(f"{turned_gap - gap:+.2f} / {turned_cost - cost:+.2f}")
+                print(f"| {name} | {plane}, {mask} | {len(steering.steered)} | " + " | ".join(cells) + " |", flush=True)
+                llm.close()
+
+
+def measured(
+    llm: SteeredLlama, probes: Sequence[Probe], neutral: Sequence[str], dial: float | None
+) -> tuple[float, float]:
+    """Mean probe gap and mean log-probability of neutral text at a dial."""
+    llm.angle = dial
+    return float(probe_gaps(llm, probes).mean()), float(text_log_probabilities(llm, neutral).mean())
+
+
+if __name__ == "__main__":
+    main()
