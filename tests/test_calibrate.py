@@ -107,13 +107,20 @@ def test_the_mask_follows_the_plane_and_the_operator() -> None:
     model = PlantedModel()
     model.shift[[1, 4, 5]] = 3.0  # both class means on one side: not discriminative
     prompts = prompt_set()
-    assert calibrate(model, prompts).mask.tolist() == [True, False, True, True, False, False, True, True]
+    by_site = calibrate(model, prompts, mask="site")
+    assert by_site.mask.tolist() == [True, False, True, True, False, False, True, True]
     by_layer = calibrate(model, prompts, mask="layer")
     assert by_layer.mask.tolist() == [False, False, True, True, False, False, True, True]
+    assert calibrate(model, prompts).mask.all()
     assert calibrate(model, prompts, mask="all").mask.all()
-    assert calibrate(model, prompts, operator="standard").mask.all()
-    assert calibrate(model, prompts, operator="adaptive").mask.all()
-    assert not calibrate(model, prompts, operator="ablation").mask.all()
+
+
+def test_the_global_plane_is_masked_by_layer_but_not_for_operators_that_turn_to_an_angle() -> None:
+    model, prompts = shared_direction(), prompt_set()
+    for operator, masked in (("selective", True), ("ablation", True), ("standard", False), ("adaptive", False)):
+        default = calibrate(model, prompts, plane="global", operator=operator).mask
+        expected = calibrate(model, prompts, plane="global", operator=operator, mask="layer" if masked else "all").mask
+        assert default.tolist() == expected.tolist()
 
 
 def shared_direction() -> PlantedModel:
@@ -227,7 +234,7 @@ def test_what_cannot_be_calibrated_is_one_clear_line() -> None:
     one_sided = PlantedModel()
     one_sided.shift[:] = 3
     assert "differ somewhere" in line(equal, prompts)
-    assert line(one_sided, prompts).endswith("use --mask all")
+    assert line(one_sided, prompts, mask="site").endswith("use --mask all")
     assert line(one_sided, prompts, mask="layer").endswith("use --mask all")
     assert line(model, prompts, operator="rotate").startswith("expected operator among selective")
     assert line(model, prompts, plane="round").startswith("expected plane among local, global")

@@ -62,7 +62,7 @@ def calibrate(
     """The steering that turns what `recorder`'s model does with the negative prompts into what it does with the
     positive ones.
 
-    mask: None is `all` for `standard` and `adaptive`, else `layer` for the global plane and `site` for local ones.
+    mask: None is `all`, as measured best, but `layer` for the global plane, as published with `selective`.
     name: None is the name of the prompts. step: called with k after every k further prompts, `passes(prompts)` in all.
     note: called with a line for each site that is left out.
     Raises SteerError where there is nothing to turn: no prompts, equal classes, no plane, an empty mask.
@@ -76,7 +76,7 @@ def calibrate(
         if not given:
             raise SteerError(f"expected at least one {side} prompt, got none")
     if mask is None:
-        mask = "all" if operator in ("standard", "adaptive") else "layer" if plane == "global" else "site"
+        mask = "layer" if plane == "global" and operator not in ("standard", "adaptive") else "all"
 
     positive = recorder.sums(prompts.positive, step)
     negative = recorder.sums(prompts.negative, step)

@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from edge_steer.cli import options
-from edge_steer.steering import OPERATORS, PLANES
+
+if TYPE_CHECKING:
+    from edge_steer.calibrate import Mask
+    from edge_steer.calibrate.native_recorder import NativeRecorder
+    from edge_steer.calibrate.torch_recorder import Device, DType, TorchRecorder
+    from edge_steer.steering import Operator, Plane
+
+
+# As in steering.py and calibrate/, which need numpy: `--help` does without.
+PLANES = ("local", "global")
+OPERATORS = ("selective", "standard", "adaptive", "ablation", "addition")
+MASKS = ("site", "layer", "all")
 
 
 @click.command()
-@click.option("-m", "--model", required=True, metavar="MODEL",
-              help="A .gguf file, a name from `edge-steer models`, or (with torch) a Hugging Face directory or hub id.")
-@click.option("--preset", help="One of `edge-steer presets`, instead of two files.")
-@click.option("--positive", type=click.Path(), help="Prompts of the positive side: .txt, .jsonl or .csv.")
-@click.option("--negative", type=click.Path(), help="Prompts of the negative side.")
-@click.option("-o", "--output", required=True, type=click.Path(), help="Steering file to write.")
+@click.option(
+    "-m",
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="A .gguf file, a name from `edge-steer models`, or (with torch) a Hugging Face directory or hub id.",
+)
+@click.option("--preset", metavar="NAME", help="One of `edge-steer presets`, instead of two files.")
+@click.option("--positive", metavar="FILE", help="Prompts of the positive side: .txt, .jsonl or .csv.")
+@click.option("--negative", metavar="FILE", help="Prompts of the negative side.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Steering file to write.")
 @click.option("--name", help="Name of the steering.  [default: the output's]")
-@click.option("--plane", type=click.Choice(PLANES), default="local", show_default=True,
-              help="A plane for each site, or one for all (the paper).")
-@click.option("--operator", type=click.Choice(OPERATORS), default="selective", show_default=True)
-@click.option("--sites", default="default", show_default=True,
-              help="default (norms before attention and feed-forward), all (and those behind), or kinds by name.")
-@click.option("--mask", type=click.Choice(["site", "layer", "all"]),
-              help="Steer sites that tell the classes apart, layers of which all sites do, or all.  "
-                   "[default: site, layer for --plane global, all for standard and adaptive]")
-@click.option("--limit", type=click.IntRange(1), help="Use the first N prompts of each side.")
+@click.option(
+    "--plane",
+    type=click.Choice(PLANES),
+    default="local",
+    show_default=True,
+    help="A plane for each site, or one for all (the paper).",
+)
+@click.option(
+    "--operator", type=click.Choice(OPERATORS), default="selective", show_default=True, help="What the steering does."
+)
+@click.option(
+    "--sites",
+    default="default",
+    show_default=True,
+    metavar="KINDS",
+    help="default (norms before attention and feed-forward), all (and those behind), or kinds by name.",
+)
+@click.option(
+    "--mask",
+    type=click.Choice(MASKS),
+    help="Steer sites that tell the classes apart, layers of which all sites do, or all.  "
+    "[default: site; layer for --plane global; all for standard and adaptive]",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N prompts of each side.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at once (torch).")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True,
-              help="Where to run (torch).")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="float32", show_default=True,
-              help="Weights (torch).")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where to run (torch).",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights (torch).",
+)
 @options.run_options
 @options.force_option
 def calibrate(
@@ -39,14 +82,14 @@ def calibrate(
     negative: str | None,
     output: str,
     name: str | None,
-    plane: str,
-    operator: str,
+    plane: Plane,
+    operator: Operator,
     sites: str,
-    mask: str | None,
+    mask: Mask | None,
     limit: int | None,
     batch_size: int,
-    device: str,
-    dtype: str,
+    device: Device,
+    dtype: DType,
     ctx: int | None,
     gpu_layers: int,
     threads: int | None,
@@ -62,40 +105,45 @@ def calibrate(
     from pathlib import Path
 
     from edge_steer.calibrate import calibrate as compute
+    from edge_steer.calibrate import passes
     from edge_steer.cli.progress import bar
     from edge_steer.contrast import load_preset, prompt_set
-    from edge_steer.errors import SteerError
     from edge_steer.registry import is_gguf
 
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
-    if preset is None and (positive is None or negative is None):
-        raise click.UsageError(f"--{'negative' if negative is None else 'positive'} FILE is missing")
-    target = Path(output)
-    if target.exists() and not force:
-        raise SteerError(f"{target} exists; give --force to overwrite it, or another -o")
-    prompts = load_preset(preset) if preset else prompt_set(str(positive), str(negative), target.stem)
+    target = options.output_path(output, force)
+    if preset is not None:
+        prompts = load_preset(preset)
+    elif positive is not None and negative is not None:
+        prompts = prompt_set(positive, negative, target.stem)
+    else:
+        raise click.UsageError(f"expected --positive and --negative, got no --{'negative' if positive else 'positive'}")
     if limit:
         prompts = prompts.first(limit)
 
-    if is_gguf(model):
+    recorder: NativeRecorder | TorchRecorder
+    if Path(model).is_dir() or ("/" in model and not is_gguf(model)):
+        from edge_steer.calibrate.torch_recorder import TorchRecorder
+
+        recorder = TorchRecorder.load(model, sites=sites, device=device, dtype=dtype, batch_size=batch_size)
+    else:
         from edge_steer.calibrate.native_recorder import NativeRecorder
 
         path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
         recorder = NativeRecorder(path, sites=sites, **parameters)
-    else:
-        from edge_steer.calibrate.torch_recorder import TorchRecorder
-
-        recorder = TorchRecorder.load(model, sites=sites, device=device, dtype=dtype, batch_size=batch_size)
     options.note_plain_template(recorder.uses_plain_template)
-    with bar("recording", len(prompts.positive) + len(prompts.negative)) as step:
+    notes: list[str] = []
+    with bar("recording", passes(prompts)) as step:
         steering = compute(
-            recorder, prompts, plane=plane, operator=operator, mask=mask, name=name or target.stem, step=step
-        )
+            recorder, prompts, plane=plane, operator=operator, mask=mask, name=name or target.stem,
+            step=step, note=notes.append,
+        )  # fmt: skip
     steering.save(target, force=force)
-    click.echo(
-        f"{target}: {steering.name}, {steering.operator} in {steering.plane} planes at {len(steering.steered)} of "
-        f"{len(steering.sites)} sites, {steering.positive} (+) against {steering.negative} (−), for {steering.base.name}",
-        err=True,
+    for line in notes:
+        options.note(line)
+    options.note(
+        f"{steering.name}: {steering.positive} (+) against {steering.negative} (−), {steering.operator}, "
+        f"{steering.plane} planes, {len(steering.steered)} of {len(steering.sites)} sites, for {steering.base.name}"
     )
     click.echo(target)

@@ -16,8 +16,13 @@ PROMPTS = (
 
 
 @click.command()
-@click.option("--angle", type=click.FloatRange(0, 180, min_open=True), default=10.0, show_default=True,
-              help="Degrees to turn each way.")
+@click.option(
+    "--angle",
+    type=click.FloatRange(0, 180, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Degrees to turn each way.",
+)
 @options.run_options
 def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, seed: int) -> None:
     """Fetch a small model, make it gloomier and more cheerful, and measure it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
@@ -39,17 +38,15 @@ def generate(
     \b
     edge-steer generate -m smollm2-135m -s happy.gguf:8 -p "How was your day?"
     """
+    from edge_steer.contrast import Prompt
     from edge_steer.runtime.chat import stream_answer
 
-    text = sys.stdin.read().strip() if prompt == "-" else prompt
-    if not text.strip():
-        raise click.UsageError("expected a prompt, got an empty one")
+    asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
     )  # fmt: skip
-    messages = [{"role": "system", "content": system}] if system else []
-    stream = stream_answer(llm, [*messages, {"role": "user", "content": text}], options.sampling(seed=seed, **sampling))
+    stream = stream_answer(llm, asked.messages(), options.sampling(seed=seed, **sampling))
     while True:
         try:
             piece = next(stream)
@@ -62,17 +59,24 @@ def generate(
         click.echo()
         return
     dials = dict(llm.angles)
-    click.echo(
-        json.dumps(
-            {
-                "text": answer.text,
-                "angle": next(iter(dials.values())) if len(dials) == 1 else dials or None,
-                "scope": scope,
-                "prompt_tokens": answer.prompt_tokens,
-                "generated_tokens": answer.generated_tokens,
-                "tokens_per_second": round(answer.tokens_per_second, 2),
-                "sites_hit": llm.sites_hit,
-            },
-            ensure_ascii=False,
-        )
-    )
+    found = {
+        "text": answer.text,
+        "angle": next(iter(dials.values())) if len(dials) == 1 else dials or None,
+        "scope": scope,
+        "prompt_tokens": answer.prompt_tokens,
+        "generated_tokens": answer.generated_tokens,
+        "tokens_per_second": round(answer.tokens_per_second, 2),
+        "sites_hit": llm.sites_hit,
+    }
+    click.echo(json.dumps(found, ensure_ascii=False))
+
+
+def _standard_input() -> str:
+    import sys
+
+    from edge_steer.errors import SteerError
+
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError:
+        raise SteerError("expected UTF-8 on standard input, got other bytes; convert it first") from None

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_steer.cli import options
-from edge_steer.steering import Steering
+
+if TYPE_CHECKING:
+    from edge_steer.steering import Steering
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 6)
+    """For JSON, which has no NaN."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
 def as_record(steering: Steering) -> dict[str, Any]:
-    """All of a steering but its vectors, for JSON: NaN becomes null."""
-    base, made = steering.base, steering.made
+    """All of a steering but its vectors."""
     return {
         "name": steering.name,
         "description": steering.description,
@@ -32,8 +34,9 @@ def as_record(steering: Steering) -> dict[str, Any]:
         "angle": _number(steering.angle),
         "angle_min": _number(steering.angle_min),
         "angle_max": _number(steering.angle_max),
-        "base": vars(base),
-        "made": vars(made),
+        "steered": len(steering.steered),
+        "base": vars(steering.base),
+        "made": vars(steering.made),
         "sites": [
             {
                 "site": site.name,
@@ -49,65 +52,70 @@ def as_record(steering: Steering) -> dict[str, Any]:
     }
 
 
+def _shown(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
+
+
 def _print(steering: Steering) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def shown(value: float, form: str = ".2f") -> str:
-        return "–" if math.isnan(value) else format(value, form)
-
-    console = Console()
     base, made = steering.base, steering.made
-    console.print(f"[bold]{steering.name}[/]  {steering.description}", highlight=False)
-    console.print(f"{steering.positive} (+) against {steering.negative} (−)", highlight=False)
-    console.print(
-        f"{steering.operator}, {steering.plane} planes, steers {len(steering.steered)} of {len(steering.sites)} sites",
-        highlight=False,
-    )
-    console.print(
-        f"for {base.name or '?'} ({base.architecture}, {base.block_count} blocks, width {base.embedding_length})",
-        highlight=False,
-    )
-    console.print(
-        f"angle {shown(steering.angle)}, safe range {shown(steering.angle_min)} … {shown(steering.angle_max)}"
-        + (f", threshold {shown(steering.threshold)}" if steering.operator == "adaptive" else ""),
-        highlight=False,
-    )
-    console.print(
-        f"made by {made.recorder or '?'} on {made.date or '?'} from {made.positive_count} + {made.negative_count} prompts",
-        highlight=False,
-    )
+    unit = "" if steering.operator == "addition" else "°"
+    click.echo(click.style(steering.name, bold=True) + (f": {steering.description}" if steering.description else ""))
+    rows = {
+        "turns": f"{steering.negative} (−) to {steering.positive} (+)",
+        "how": f"{steering.operator}, {steering.plane} planes, at {len(steering.steered)} of {len(steering.sites)} sites",
+        "model": f"{base.name or '–'} ({base.architecture}, {base.block_count} layers, width {base.embedding_length})",
+        "angle": f"{_shown(steering.angle, '+g')}{unit if not math.isnan(steering.angle) else ''}",
+        "range": "not measured; see `edge-steer sweep --write`"
+        if math.isnan(steering.angle_min) and math.isnan(steering.angle_max)
+        else f"{_shown(steering.angle_min, '+g')} … {_shown(steering.angle_max, '+g')}{unit}",
+        "made": f"{made.date or '–'} by the {made.recorder or 'unknown'} recorder from {made.positive_count} + "
+        f"{made.negative_count} prompts",
+    }
+    if steering.operator == "adaptive":
+        rows["threshold"] = f"{steering.threshold:g}"
+    if steering.operator == "ablation":
+        del rows["angle"], rows["range"]
+    for key, text in rows.items():
+        click.echo(f"  {key:<9}  {text}")
+
     kinds = list(dict.fromkeys(site.kind for site in steering.sites))
-    table = Table()
-    table.add_column("layer", justify="right")
-    for kind in kinds:
-        table.add_column(f"{kind}\nseparation", justify="right")
-        table.add_column("mean ‖h‖", justify="right")
-        table.add_column("steered", justify="center")
     where = {(site.layer, site.kind): i for i, site in enumerate(steering.sites)}
+    click.echo("\n       " + "".join(f"   {kind:<20}" for kind in kinds).rstrip())
+    click.echo("  layer" + "   separation      ‖h‖ " * len(kinds))
     for layer in sorted({site.layer for site in steering.sites}):
-        cells = []
+        line = f"  {layer:>5}"
         for kind in kinds:
             i = where.get((layer, kind))
             if i is None:
-                cells += ["", "", ""]
+                line += " " * 23
             else:
-                cells += [shown(steering.separation[i]), shown(steering.mean_norm[i], ".3g"), "●" if steering.mask[i] else "·"]
-        table.add_row(str(layer), *cells)
-    console.print(table)
+                mark = "●" if steering.mask[i] else " "
+                separation, norm = _shown(steering.separation[i], ".2f"), _shown(steering.mean_norm[i], ".3g")
+                line += f"   {mark}{separation:>9} {norm:>8} "
+        click.echo(line.rstrip())
+    click.echo("  ● steered; separation of the class means along b1, in standard deviations; ‖h‖ is a mean")
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file")
 @options.json_option
-def inspect(file: str, as_json: bool) -> None:
-    """Show what a steering file holds, layer by layer.
+@click.option("--plot", metavar="PNG", help="Also draw separation, mask and mean norm by layer.")
+@options.force_option
+def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
+    """Show what a steering file holds, layer by layer."""
+    from edge_steer.steering import Steering
 
-    Separation is the distance of the class means along b1 in pooled standard deviations.
-    """
     steerings = Steering.load_all(file)
+    if plot is not None:
+        from edge_steer.evaluate.plots import layer_map
+
+        path = options.output_path(plot, force)
+        layer_map(steerings, path, force=force)
+        options.note(f"wrote {path}")
     if as_json:
         click.echo(json.dumps([as_record(steering) for steering in steerings], ensure_ascii=False, indent=2))
         return
-    for steering in steerings:
+    for number, steering in enumerate(steerings):
+        if number:
+            click.echo()
         _print(steering)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ import click
 from edge_steer._version import __version__
 from edge_steer.errors import SteerError
 
-VERBS = ("demo", "calibrate", "inspect", "generate", "chat", "presets", "models", "doctor")
+VERBS = ("demo", "calibrate", "inspect", "generate", "chat", "export", "presets", "models", "doctor")
 
 
 class Verbs(click.Group):
@@ -30,16 +31,18 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            sys.stdout.flush()
+            return done
         except SteerError as error:
             raise _failure(str(error)) from None
-        except (KeyboardInterrupt, EOFError):
+        except KeyboardInterrupt:
             raise _failure("interrupted", 130) from None
         except BrokenPipeError:
-            # The reader of our output left; leave Python nothing to flush.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise click.exceptions.Exit(1) from None
         except OSError as error:
+            _drop_output()
             where = f"{error.filename}: " if error.filename else ""
             raise _failure(f"{where}{error.strerror or error}") from None
         except MemoryError:
@@ -48,8 +51,16 @@ class Verbs(click.Group):
 
 def _failure(text: str, code: int = 1) -> click.ClickException:
     failure = click.ClickException(" ".join(text.split()))
-    failure.exit_code = code
+    setattr(failure, "exit_code", code)  # noqa: B010  click declares it for the class
     return failure
+
+
+def _drop_output() -> None:
+    """Where standard output takes no more, leave Python nothing to fail on at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -64,3 +75,11 @@ def main() -> None:
     Try `edge-steer demo` first.
     """
     warnings.showwarning = _note
+    for stream in (sys.stdin, sys.stdout):
+        # A byte that is no text, or a sign that the terminal cannot show, ends no conversation.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from edge_steer import registry
+from edge_steer.cli.progress import fetching
 
 
 @click.group(invoke_without_command=True)
@@ -40,15 +40,5 @@ def models(context: click.Context, as_json: bool) -> None:
 def fetch(names: tuple[str, ...]) -> None:
     """Download models into the cache; prints each one's path."""
     for name in names:
-        click.echo(_fetch_showing_bar(name))
-
-
-def _fetch_showing_bar(name: str) -> Path:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        # Shown from the first byte on: a cached model needs no bar, and the hub's client draws its own.
-        task = bar.add_task(name, total=None, visible=False)
-        return registry.fetch(name, lambda done, total: bar.update(task, completed=done, total=total, visible=True))
+        with fetching(name) as progress:
+            click.echo(registry.fetch(name, progress))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edge_steer.runtime.chat import Sampling
     from edge_steer.runtime.llama import SteeredLlama
 
@@ -32,7 +35,9 @@ steering_options = _all(
         "-s", "--steering", multiple=True, metavar="FILE[:ANGLE]", help="A steering file, with its angle; repeats."
     ),
     click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
-    click.option("--strength", type=float, help="-1 to 1 of the measured safe range, instead of an angle."),
+    click.option(
+        "--strength", type=click.FloatRange(-1, 1), help="Share of the measured safe range, instead of an angle."
+    ),
     click.option(
         "--scope", type=click.Choice(["all", "response"]), default="all", show_default=True,
         help="Steer every token, or the answer only.",
@@ -40,8 +45,12 @@ steering_options = _all(
 )  # fmt: skip
 
 run_options = _all(
-    click.option("--ctx", type=click.IntRange(16), help="Context in tokens.  [default: 4096, or what the model allows]"),
-    click.option("--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on a GPU; -1 for all."),
+    click.option(
+        "--ctx", type=click.IntRange(1), help="Context in tokens, in steps of 256.  [default: 4096, or the model's]"
+    ),
+    click.option(
+        "--gpu-layers", type=click.IntRange(-1), default=0, show_default=True, help="Layers on a GPU; -1 for all."
+    ),
     click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
 )
@@ -62,17 +71,22 @@ force_option = click.option("--force", is_flag=True, help="Overwrite an existing
 def run_parameters(
     model: str, *, ctx: int | None, gpu_layers: int, threads: int | None, seed: int
 ) -> tuple[str, dict[str, Any]]:
-    """The path of a model, and the parameters of llama_cpp.Llama that the run options stand for."""
+    """The path of a model, fetched if need be, and the parameters of llama_cpp.Llama that the run options stand for."""
+    from edge_steer.cli.progress import fetching
     from edge_steer.errors import SteerError
     from edge_steer.model_file import read_model
     from edge_steer.registry import resolve
 
-    path = resolve(model, fetch=True)
+    with fetching(model) as progress:
+        path = resolve(model, fetch=True, progress=progress)
     if path.is_dir():
         raise SteerError(f"{path}: expected a .gguf file, got a Hugging Face directory; convert it to GGUF first")
-    trained = read_model(path).context_length or 4096
+    trained = read_model(path).context_length
+    if ctx is not None and ctx > trained:
+        raise SteerError(f"expected --ctx of at most {trained}, what the model was trained for, got {ctx}")
     return str(path), {
-        "n_ctx": ctx or min(4096, trained),
+        # llama.cpp rounds it up itself, llama-cpp-python's own arrays do not.
+        "n_ctx": -(-(ctx or min(4096, trained)) // 256) * 256,
         "n_gpu_layers": gpu_layers,
         "n_threads": threads,
         "n_threads_batch": threads,
@@ -90,11 +104,12 @@ def open_model(
     **run: Any,
 ) -> SteeredLlama:
     """The model that the options name, steered as they say."""
-    from edge_steer.errors import SteerError
     from edge_steer.runtime.dials import named_steerings
 
     if not steering and (angle is not None or strength is not None):
-        raise SteerError("--angle and --strength turn a steering; give one with -s FILE")
+        raise click.UsageError("--angle and --strength turn a steering; give one with -s FILE")
+    if angle is not None and strength is not None:
+        raise click.UsageError("expected --angle or --strength, got both")
     steerings, dials = named_steerings(steering, angle=angle, strength=strength)
     path, parameters = run_parameters(model, **run)
     from edge_steer.runtime.llama import SteeredLlama
@@ -104,10 +119,31 @@ def open_model(
     return llm
 
 
+def output_path(output: str, force: bool) -> Path:
+    """Where to write, looked at before the work is done. Raises SteerError where it would be refused afterwards."""
+    from pathlib import Path
+
+    from edge_steer.errors import SteerError
+
+    path = Path(output)
+    if path.exists() and not path.is_file():
+        raise SteerError(f"expected a file to write at {path}, got a folder or a device; give another path")
+    if path.exists() and not force:
+        raise SteerError(f"{path} exists; give --force to replace it")
+    if not os.access(path.parent, os.W_OK):
+        raise SteerError(f"cannot write {path}: its folder is missing or not writable; give another path")
+    return path
+
+
+def note(text: str) -> None:
+    """A line beside the output, on standard error."""
+    click.echo(f"note: {text}", err=True)
+
+
 def note_plain_template(plain: bool) -> None:
     """Say that a model brings no chat template."""
     if plain:
-        click.echo('note: this model has no chat template; prompts are put as "{prompt}\\nAnswer:"', err=True)
+        note('this model has no chat template; prompts are put as "{prompt}\\nAnswer:"')
 
 
 def sampling(

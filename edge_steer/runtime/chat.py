@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
+import llama_cpp
 
 from edge_steer.errors import SteerError
 from edge_steer.runtime.llama import Message, SteeredLlama
+
+# A plain chat parts its turns by blank lines; a base model would go on to ask the next question itself.
+PLAIN_STOP = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and what it cost."""
+    """One answer and what it cost. `generated_tokens` counts no end-of-answer token; `seconds` run from the first
+    token to the last, so that the prompt is not in them."""
 
     text: str
     prompt_tokens: int
@@ -35,86 +42,124 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
+        return (self.generated_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
 
 
 def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling) -> Generator[str, None, Answer]:
     """Yields the answer to a chat piece by piece; returns it whole. Closing the generator stops it.
 
-    `seconds` are those of generation, from the first token on. Raises SteerError where the prompt fills the context.
+    Blanks at its head are left out: a template that ends without a space leaves it to the model.
+    Raises SteerError where the prompt fills the context.
     """
-    tokens = llm.chat_tokens(messages)
-    if len(tokens) >= llm.n_ctx():
-        raise SteerError(f"the prompt has {len(tokens)} tokens, the context holds {llm.n_ctx()}; raise --ctx")
-    plain = llm.chat_template.is_plain
-    stream = llm.create_completion(
-        tokens,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
+    prompt = llm.chat_tokens(messages)
+    _check_room(llm, prompt)
+    stop = PLAIN_STOP if llm.chat_template.is_plain else None
+    most = min(sampling.max_tokens, llm.n_ctx() - len(prompt))
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text, shown = "", 0
+    count, first, last = 0, 0.0, 0.0
+    llm.set_seed(sampling.seed)
+    tokens = llm.generate(
+        prompt, temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
         repeat_penalty=sampling.repeat_penalty,
-        seed=sampling.seed,
-        # A plain chat separates its turns by blank lines; a base model would go on to ask the next question itself.
-        stop=["\n\n"] if plain else [],
-        stream=True,
-    )
-    parts: list[str] = []
-    first = 0.0
-    for chunk in stream:
-        first = first or time.perf_counter()
-        piece = chunk["choices"][0]["text"]
-        if not parts:
-            piece = piece.lstrip()  # a template without a generation prompt's last space leaves it to the model
-        if piece:
-            parts.append(piece)
-            yield piece
-    generated = max(0, llm.n_tokens + 1 - len(tokens))
-    seconds = time.perf_counter() - first if first else 0.0
-    return Answer("".join(parts), len(tokens), generated, seconds)
+    )  # fmt: skip
+    with closing(tokens):
+        for token in tokens:
+            if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                break
+            last = time.perf_counter()
+            first = first or last
+            count += 1
+            text += decoder.decode(llm.detokenize([token]))
+            if not shown:
+                text = text.lstrip()
+            if stop and stop in text:
+                text = text[: text.index(stop)]
+                break
+            ready = len(text) - (_begun(text, stop) if stop else 0)
+            if ready > shown:
+                yield text[shown:ready]
+                shown = ready
+            if count == most:
+                break
+    text += decoder.decode(b"", final=True)
+    if len(text) > shown:
+        yield text[shown:]
+    return Answer(text, len(prompt), count, last - first)
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _check_room(llm: SteeredLlama, prompt: Sequence[int]) -> None:
+    if len(prompt) >= llm.n_ctx():
+        raise SteerError(
+            f"expected a prompt of less than {llm.n_ctx()} tokens, the context, got {len(prompt)}; "
+            "shorten it or raise --ctx"
+        )
+
+
+def _silent(_: str) -> None:
+    """No notes."""
 
 
 @dataclass
 class Chat:
-    """A conversation that remembers. It drops its oldest turns where they no longer fit, never the system prompt."""
+    """A conversation that remembers. It drops its oldest turns where they no longer fit, never the system prompt.
+
+    note: told, in a line, when turns are dropped.
+    """
 
     llm: SteeredLlama
     sampling: Sampling
     system: str | None = None
+    note: Callable[[str], object] = _silent
     turns: list[Message] = field(default_factory=list)
 
-    def messages(self, *further: Message) -> list[Message]:
-        """The chat so far, system prompt first, with further messages behind it."""
-        head: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*head, *self.turns, *further]
+    def messages(self) -> list[Message]:
+        """The chat so far, the system prompt first."""
+        return [*self._head(), *self.turns]
 
-    def make_room(self, text: str) -> int:
-        """Drop the oldest turns until `text` and an answer fit; returns how many messages went."""
-        user = {"role": "user", "content": text}
-        room = self.llm.n_ctx() - min(self.sampling.max_tokens, self.llm.n_ctx() // 4)
-        dropped = 0
-        while self.turns and len(self.llm.chat_tokens(self.messages(user))) > room:
-            gone = 2 if len(self.turns) > 1 else 1
-            del self.turns[:gone]
-            dropped += gone
-        return dropped
+    def _head(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, text: str) -> Generator[str, None, Answer]:
         """Yields the answer to `text` piece by piece and remembers both, also an answer that was stopped."""
         user = {"role": "user", "content": text}
+        self._make_room(user)
         said: list[str] = []
-        stream = stream_answer(self.llm, self.messages(user), self.sampling)
+        answer: Answer | None = None
+        stream = stream_answer(self.llm, [*self.messages(), user], self.sampling)
         try:
-            while True:
-                try:
-                    piece = next(stream)
-                except StopIteration as end:
-                    answer: Answer = end.value
-                    return answer
-                said.append(piece)
-                yield piece
+            with closing(stream):
+                while answer is None:
+                    try:
+                        said.append(next(stream))
+                        yield said[-1]
+                    except StopIteration as end:
+                        answer = end.value
+            assert answer is not None
+            return answer
         finally:
-            stream.close()
-            if said:
+            if said or answer:
                 self.turns += [user, {"role": "assistant", "content": "".join(said)}]
+
+    def try_out(self, text: str) -> Generator[str, None, Answer]:
+        """Yields the answer to `text` piece by piece and remembers neither."""
+        user = {"role": "user", "content": text}
+        self._make_room(user)
+        return (yield from stream_answer(self.llm, [*self.messages(), user], self.sampling))
+
+    def _make_room(self, user: Message) -> None:
+        """Drop the oldest turns until `user` and an answer fit. Raises SteerError where they never will."""
+        n_ctx = self.llm.n_ctx()
+        _check_room(self.llm, self.llm.chat_tokens([*self._head(), user]))
+        room = n_ctx - min(self.sampling.max_tokens, n_ctx // 4)
+        before = len(self.turns)
+        while self.turns and len(self.llm.chat_tokens([*self.messages(), user])) > room:
+            del self.turns[:2]
+        if dropped := (before - len(self.turns)) // 2:
+            self.note(f"the context of {n_ctx} tokens is full: forgot the oldest {dropped} of {before // 2} questions")

@@ -19,7 +19,10 @@ from edge_steer.runtime.native import LLAMA_CPP_PYTHON, Record, check_library
 
 
 def examine_build() -> dict[str, Any]:
-    """Versions, features of the llama.cpp build, optional packages. Raises SteerError where the native parts do not fit."""
+    """Versions, features of the llama.cpp build, optional packages.
+
+    Raises SteerError where the native library does not fit.
+    """
     check_library()
     features = llama_cpp.llama_print_system_info().decode(errors="replace").strip()
     return {

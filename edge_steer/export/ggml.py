@@ -1,0 +1,112 @@
+"""llama.cpp's own quantizers, through ctypes: rows of a GGUF tensor to float32 and back, every type."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from edge_steer.errors import MismatchError, SteerError
+
+Bytes = NDArray[np.uint8]
+_F32 = int(GGMLQuantizationType.F32)
+_SIZES: dict[int, tuple[int, int]] = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+# What ggml_quantize_chunk writes without measured importances. It ends the process for anything else.
+_WRITABLE = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_M",
+    "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
+
+
+class _Traits(ctypes.Structure):
+    """struct ggml_type_traits."""
+
+    _fields_ = (
+        ("type_name", c_char_p), ("blck_size", c_int64), ("blck_size_interleave", c_int64), ("type_size", c_size_t),
+        ("is_quantized", c_bool), ("to_float", c_void_p), ("from_float_ref", c_void_p),
+    )  # fmt: skip
+
+
+_ToFloat = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    import llama_cpp
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    lib: ctypes.CDLL = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [c_int], ctypes.POINTER(_Traits)
+    lib.ggml_quantize_chunk.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]
+    lib.ggml_quantize_chunk.restype = c_size_t
+    return lib
+
+
+def type_name(kind: int) -> str:
+    """The name of a ggml type, such as Q4_K."""
+    return GGMLQuantizationType(kind).name if kind in _SIZES else f"type {kind}"
+
+
+def type_number(name: str) -> int:
+    """The ggml type called `name`. Raises SteerError for one that cannot be written."""
+    if name.upper() not in _WRITABLE:
+        raise SteerError(f"expected a weight type among {', '.join(_WRITABLE)}, got {name!r}")
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def check_writable(kind: int, width: int, tensor: str) -> None:
+    """Raise SteerError where rows of `width` values cannot be written as ggml type `kind`."""
+    if type_name(kind) not in _WRITABLE:
+        raise SteerError(f"{tensor} is {type_name(kind)}, which cannot be written back; give --steered-type Q8_0")
+    if width % _SIZES[kind][0]:
+        raise SteerError(
+            f"{tensor}: expected rows of a multiple of {_SIZES[kind][0]} for {type_name(kind)}, got {width}"
+        )
+
+
+def row_bytes(kind: int, width: int) -> int:
+    """Bytes of one row of `width` values."""
+    block, size = _SIZES[kind]
+    return -(-width // block) * size
+
+
+def is_quantized(kind: int) -> bool:
+    """Whether values share a block with others."""
+    return _SIZES[kind][0] > 1
+
+
+def to_float(kind: int, rows: Bytes, width: int) -> NDArray[np.float32]:
+    """Rows (n, row_bytes) of ggml type `kind` as float32 (n, width)."""
+    rows = np.ascontiguousarray(rows)
+    if kind == _F32:
+        return np.array(rows.view("<f4"), np.float32)
+    traits = _traits(kind)
+    out = np.empty((len(rows), width), np.float32)
+    _ToFloat(traits.to_float)(rows.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def from_float(kind: int, rows: NDArray[np.float32]) -> Bytes:
+    """Rows float32 (n, width) as ggml type `kind`, (n, row_bytes)."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    count, width = rows.shape
+    out = np.empty((count, row_bytes(kind, width)), np.uint8)
+    written = _library().ggml_quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, 0, count, width, None)
+    assert written == out.size, (written, out.size)
+    return out
+
+
+@cache
+def _traits(kind: int) -> _Traits:
+    traits: _Traits = _library().ggml_get_type_traits(kind).contents
+    # The one structure read here: its fields must be where this release knows them.
+    if (traits.blck_size, traits.type_size) != _SIZES[kind] or not traits.to_float:
+        raise MismatchError(
+            f"this llama.cpp has no known way to read {type_name(kind)}; pip install llama-cpp-python==0.3.36"
+        )
+    return traits

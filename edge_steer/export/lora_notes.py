@@ -1,0 +1,69 @@
+"""The texts that go with adapters: how to run them on programs that are not ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edge_steer.rotation import cos_sin
+from edge_steer.steering import Steering
+
+_ANGLES = (-30, -20, -12, -8, -4, 4, 8, 12, 20, 30, 45, 90, 180)
+
+
+def scales(degrees: float) -> tuple[float, float]:
+    """Scales of the cos and the sin adapter for an angle."""
+    c, s = cos_sin(degrees)
+    return c - 1, s
+
+
+def notes(steering: Steering, model: Path, cos: Path, sin: Path) -> str:
+    """Markdown: the pair's scales for common angles, and the command lines that use them."""
+    example = 8
+    c, s = (f"{scale:.6f}" for scale in scales(example))
+    rows = "\n".join("| {} | {:.6f} | {:.6f} |".format(f"{angle:+d}°", *scales(angle)) for angle in _ANGLES)
+    return f"""# {steering.name}
+
+Two adapters for `{model.name}` that steer it at any angle, exactly, on unmodified llama.cpp. Positive angles turn
+toward *{steering.positive}*, negative ones toward *{steering.negative}*. They fit
+this very file and no other quantization.
+
+
+The scales of an angle are cos(angle) − 1 for `{cos.name}` and sin(angle) for `{sin.name}`; always give both.
+
+| angle | cos − 1 | sin |
+|---|---|---|
+{rows}
+
+## llama-cli, llama-completion
+
+```
+llama-cli -m {model.name} --lora-scaled {cos.name}:{c},{sin.name}:{s}
+```
+
+That is {example:+d}°, for every token, the prompt included.
+
+## llama-server
+
+```
+llama-server -m {model.name} --lora {cos.name},{sin.name} --lora-init-without-apply
+```
+
+Then each request names its own angle; without the field it runs unsteered:
+
+```json
+{{"prompt": "How was your day?", "lora": [{{"id": 0, "scale": {c}}}, {{"id": 1, "scale": {s}}}]}}
+```
+
+`POST /lora-adapters` with the same list sets the angle of all requests that name none.
+"""
+
+
+def modelfile(model: Path, adapter: Path) -> str:
+    """An Ollama Modelfile for one adapter; `ollama create NAME -f` takes it."""
+    try:
+        place = Path(os.path.relpath(model.resolve(), adapter.resolve().parent)).as_posix()
+    except ValueError:  # on another drive
+        place = model.resolve().as_posix()
+    source = place if place.startswith(("/", ".")) or ":" in place else f"./{place}"
+    return f"FROM {source}\nADAPTER ./{adapter.name}\n"

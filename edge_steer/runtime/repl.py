@@ -1,0 +1,156 @@
+"""The interpreter of `edge-steer chat`: a line is a question or a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+
+from edge_steer.errors import SteerError
+from edge_steer.runtime.chat import Answer, Chat
+from edge_steer.whole_file import whole_file
+
+HELP = """\
+/angle 8         turn the dial (the coefficient for addition); acts from the next token on
+/angle NAME -5   turn one of several dials
+/off             all dials off
+/compare TEXT    answer TEXT at −, off and +, same seed; not remembered
+/reset           forget the conversation
+/save FILE       write the conversation as JSON
+/help            this list
+/quit            leave, as does Ctrl-D; Ctrl-C stops an answer"""
+
+
+class Repl:
+    """Answers questions and runs commands, line by line.
+
+    read: gives the next line, raises EOFError at the end. say: told text of answers, as it comes.
+    note: told everything else, line by line.
+    """
+
+    def __init__(
+        self, chat: Chat, read: Callable[[], str], say: Callable[[str], object], note: Callable[[str], object]
+    ) -> None:
+        self.chat, self.read, self.say, self.note = chat, read, say, note
+        self.dials = chat.llm.angles
+        self._seen = {name: abs(dial) for name, dial in self.dials.items() if dial}  # what /compare goes to
+        self._commands: dict[str, Callable[[str], object]] = {
+            "/angle": self._angle, "/off": self._off, "/compare": self._compare, "/reset": self._reset,
+            "/save": self._save, "/help": lambda _: self.note(HELP),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Until /quit or the end of the input. An error ends a command, Ctrl-C an answer; neither ends the chat."""
+        while True:
+            try:
+                line = self.read().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.note("\n/quit leaves")
+                continue
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                self.do(line)
+            except SteerError as error:
+                self.note(f"Error: {error}")
+            except KeyboardInterrupt:
+                self.note("\nstopped")
+
+    def do(self, line: str) -> None:
+        """One line."""
+        if line.startswith("/"):
+            name, _, rest = line.partition(" ")
+            if name not in self._commands:
+                raise SteerError(f"expected a command among {', '.join(self._commands)}, /quit, got {name}")
+            self._commands[name](rest.strip())
+        elif line:
+            self._answer(self.chat.ask(line))
+
+    def shown_dials(self) -> str:
+        """Every dial, for a person."""
+        shown = []
+        for steering in self.chat.llm.steerings:
+            dial = self.dials[steering.name]
+            if dial is None or steering.action(dial) is None:
+                shown.append(f"{steering.name} off")
+            else:
+                shown.append(f"{steering.name} {'on' if steering.operator == 'ablation' else f'{dial:+g}'}")
+        return ", ".join(shown)
+
+    def _answer(self, pieces: Generator[str, None, Answer]) -> None:
+        """Say an answer as it comes, and end its line, also where it is stopped."""
+        begun = False
+        with closing(pieces):
+            try:
+                for piece in pieces:
+                    begun = True
+                    self.say(piece)
+                self.say("\n")
+            except KeyboardInterrupt:
+                if begun:
+                    self.say("\n")
+                raise
+
+    def _angle(self, rest: str) -> None:
+        if not self.dials:
+            raise SteerError("there is no steering to turn; start the chat with -s FILE:ANGLE")
+        name, _, number = rest.rpartition(" ")
+        name = name.strip()
+        if rest:
+            if not name and len(self.dials) > 1:
+                raise SteerError(f"expected /angle NAME {number}, with a name among {', '.join(self.dials)}")
+            try:
+                dial = None if number == "off" else float(number)
+            except ValueError:
+                raise SteerError(f"expected /angle NUMBER or /angle NAME NUMBER, got /angle {rest}") from None
+            name = name or next(iter(self.dials))
+            self.dials[name] = dial
+            if dial:
+                self._seen[name] = abs(dial)
+        self.note(self.shown_dials())
+
+    def _off(self, _: str) -> None:
+        self.dials.update(dict.fromkeys(self.dials))
+        self.note(self.shown_dials() or "no steering")
+
+    def _compare(self, text: str) -> None:
+        if not text:
+            raise SteerError("expected /compare TEXT, got no text")
+        if not self._seen:
+            raise SteerError("there is no angle to compare at; set one with /angle first")
+        before = dict(self.dials)
+        answered = set()
+        try:
+            for sign in (-1, None, 1):
+                for name, size in self._seen.items():
+                    self.dials[name] = sign and sign * size
+                # An ablation is on or off: its − and + are one.
+                if (actions := self.dials.actions()) not in answered:
+                    answered.add(actions)
+                    self.say(f"[{self.shown_dials()}] ")
+                    self._answer(self.chat.try_out(text))
+        finally:
+            self.dials.update(before)
+
+    def _reset(self, _: str) -> None:
+        self.chat.turns.clear()
+        self.note("the conversation is forgotten")
+
+    def _save(self, file: str) -> None:
+        if not file:
+            raise SteerError("expected /save FILE, got no file")
+        path = Path(file).expanduser()
+        if path.exists():
+            raise SteerError(f"{path} exists; choose another name")
+        record = {
+            "model": Path(self.chat.llm.model_path).name,
+            "angles": dict(self.dials),
+            "scope": self.chat.llm.scope,
+            "messages": self.chat.messages(),
+        }
+        with whole_file(path) as part:
+            part.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        self.note(f"saved {path}")
