@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
@@ -20,6 +21,7 @@ pytest.importorskip("transformers")
 import tiny
 
 from edge_steer.model_file import read_model
+from edge_steer.runtime.engines import EngineName
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import architecture
 from edge_steer.steering import Steering
@@ -29,19 +31,29 @@ ONE, OTHER = [*HEAD, 70, 71, 72, 73], [*HEAD, 80, 81]
 EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(request.param, tmp_path_factory.mktemp("tiny")).gguf_path
+@dataclass(frozen=True)
+class Case:
+    """A model and the engine that steers it."""
+
+    path: Path
+    engine: EngineName
 
 
-def steering_for(model: Path, seed: int = 0, name: str = "random") -> Steering:
-    file = read_model(model)
+@pytest.fixture(scope="module", params=["llama hook", "gemma3 hook", "llama lora"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    family, engine = request.param.split()
+    return Case(tiny.build(family, tmp_path_factory.mktemp("tiny")).gguf_path, engine)
+
+
+def steering_for(model: Case, seed: int = 0, name: str = "random") -> Steering:
+    file = read_model(model.path)
     sites = architecture(file.architecture).sites(file.block_count)
     return random_steering(file.base, sites, seed=seed, name=name)
 
 
-def steered(model: Path, angle: float | None = None, **llama: object) -> SteeredLlama:
-    return SteeredLlama(model, steering=steering_for(model), angle=angle, n_ctx=512, **EXACT | llama)
+def steered(model: Case, angle: float | None = None, **llama: object) -> SteeredLlama:
+    made: dict[str, object] = {"engine": model.engine, "n_ctx": 512, **EXACT, **llama}
+    return SteeredLlama(model.path, steering=steering_for(model), angle=angle, **made)
 
 
 def answer(llm: Llama, prompt: list[int], tokens: int = 1) -> tuple[list[int], NDArray[np.float32]]:
@@ -58,7 +70,7 @@ def answer(llm: Llama, prompt: list[int], tokens: int = 1) -> tuple[list[int], N
 
 
 def assert_as_fresh(llm: SteeredLlama, prompt: list[int]) -> None:
-    fresh = steered(Path(llm.model_path), llm.angle, scope=llm.scope)
+    fresh = steered(Case(Path(llm.model_path), llm.engine), llm.angle, scope=llm.scope)
     expected = answer(fresh, prompt)[1]
     np.testing.assert_allclose(answer(llm, prompt)[1], expected, atol=2e-5 * np.ptp(expected))
 
@@ -75,7 +87,7 @@ def evaluated(llm: SteeredLlama, prompt: list[int]) -> int:
     return sum(counts)
 
 
-def test_a_shared_prefix_cached_at_another_angle_is_not_used(model: Path) -> None:
+def test_a_shared_prefix_cached_at_another_angle_is_not_used(model: Case) -> None:
     llm = steered(model, 40.0)
     answer(llm, ONE)
     for angle in (-40.0, None, 40.0, 0.0):
@@ -84,7 +96,7 @@ def test_a_shared_prefix_cached_at_another_angle_is_not_used(model: Path) -> Non
         assert_as_fresh(llm, ONE)
 
 
-def test_the_same_angle_uses_the_shared_prefix(model: Path) -> None:
+def test_the_same_angle_uses_the_shared_prefix(model: Case) -> None:
     llm = steered(model, 40.0)
     answer(llm, ONE)
     assert evaluated(llm, OTHER) == len(OTHER) - len(HEAD)
@@ -94,7 +106,7 @@ def test_the_same_angle_uses_the_shared_prefix(model: Path) -> None:
     assert evaluated(llm, ONE) == len(ONE) - len(HEAD), "0 degrees and off are one state"
 
 
-def test_a_dial_moved_during_an_answer_acts_from_the_next_token_and_marks_it(model: Path) -> None:
+def test_a_dial_moved_during_an_answer_acts_from_the_next_token_and_marks_it(model: Case) -> None:
     llm = steered(model, 40.0)
     said = []
     stream = llm.generate(list(ONE), temp=0.0)
@@ -115,7 +127,7 @@ def test_a_dial_moved_during_an_answer_acts_from_the_next_token_and_marks_it(mod
     assert_as_fresh(llm, follow_up)
 
 
-def test_a_saved_state_is_used_at_its_own_angle_only(model: Path) -> None:
+def test_a_saved_state_is_used_at_its_own_angle_only(model: Case) -> None:
     llm = steered(model, 40.0)
     answer(llm, ONE)
     state = pickle.loads(pickle.dumps(llm.save_state()))
@@ -127,8 +139,8 @@ def test_a_saved_state_is_used_at_its_own_angle_only(model: Path) -> None:
         assert (evaluated(other, OTHER) < len(OTHER)) == (angle == 40.0)
 
 
-def test_a_state_saved_by_a_plain_llama_is_used_unsteered_only(model: Path) -> None:
-    plain = Llama(str(model), n_ctx=512, verbose=False, **EXACT)
+def test_a_state_saved_by_a_plain_llama_is_used_unsteered_only(model: Case) -> None:
+    plain = Llama(str(model.path), n_ctx=512, verbose=False, **EXACT)
     answer(plain, ONE)
     state = plain.save_state()
     for angle in (None, 30.0):
@@ -138,7 +150,7 @@ def test_a_state_saved_by_a_plain_llama_is_used_unsteered_only(model: Path) -> N
         assert_as_fresh(llm, ONE)
 
 
-def test_set_cache_hands_over_no_stale_state(model: Path) -> None:
+def test_set_cache_hands_over_no_stale_state(model: Case) -> None:
     llm = steered(model, 40.0)
     llm.set_cache(LlamaRAMCache())
     for angle in (40.0, -40.0, None, 40.0):
@@ -150,7 +162,7 @@ def test_set_cache_hands_over_no_stale_state(model: Path) -> None:
         assert_as_fresh(llm, OTHER)
 
 
-def test_a_prompt_longer_than_a_batch_and_a_micro_batch_is_right(model: Path) -> None:
+def test_a_prompt_longer_than_a_batch_and_a_micro_batch_is_right(model: Case) -> None:
     prompt = [40 + i % 50 for i in range(150)]
     for batch, micro in ((32, 32), (64, 16)):
         llm = steered(model, 25.0, n_batch=batch, n_ubatch=micro)
@@ -159,12 +171,13 @@ def test_a_prompt_longer_than_a_batch_and_a_micro_batch_is_right(model: Path) ->
         assert_as_fresh(llm, prompt)
 
 
-def test_two_dials_are_two_states(model: Path) -> None:
+def test_two_dials_are_two_states(model: Case) -> None:
     steerings = [steering_for(model, seed, f"s{seed}") for seed in (1, 2)]
-    llm = SteeredLlama(model, steering=steerings, angles={"s1": 30, "s2": None}, n_ctx=512, **EXACT)
+    made: dict[str, object] = {"steering": steerings, "engine": model.engine, "n_ctx": 512, **EXACT}
+    llm = SteeredLlama(model.path, angles={"s1": 30, "s2": None}, **made)
     for one, two in ((30, None), (None, 30), (30, 30), (-30, 30)):
         llm.angles = {"s1": one, "s2": two}
-        fresh = SteeredLlama(model, steering=steerings, angles={"s1": one, "s2": two}, n_ctx=512, **EXACT)
+        fresh = SteeredLlama(model.path, angles={"s1": one, "s2": two}, **made)
         expected = answer(fresh, ONE)[1]
         np.testing.assert_allclose(answer(llm, ONE)[1], expected, atol=2e-5 * np.ptp(expected))
 
@@ -172,7 +185,7 @@ def test_two_dials_are_two_states(model: Path) -> None:
 # --- scope "response" ---------------------------------------------------------------------------------------------
 
 
-def test_response_steers_the_last_prompt_token_and_the_answer_only(model: Path) -> None:
+def test_response_steers_the_last_prompt_token_and_the_answer_only(model: Case) -> None:
     """By hand: the head evaluated unsteered, then the last token steered, in one context."""
     by_hand = steered(model, None)
     by_hand.eval(ONE[:-1])
@@ -183,7 +196,7 @@ def test_response_steers_the_last_prompt_token_and_the_answer_only(model: Path) 
     np.testing.assert_allclose(answer(llm, ONE)[1], expected, atol=2e-5 * np.ptp(expected))
 
 
-def test_response_evaluates_at_most_one_prompt_token_again_after_a_change_of_angle(model: Path) -> None:
+def test_response_evaluates_at_most_one_prompt_token_again_after_a_change_of_angle(model: Case) -> None:
     llm = steered(model, 40.0, scope="response")
     answer(llm, ONE, 3)
     for angle in (-40.0, None, 12.0):
@@ -192,7 +205,7 @@ def test_response_evaluates_at_most_one_prompt_token_again_after_a_change_of_ang
         assert_as_fresh(llm, ONE)
 
 
-def test_response_keeps_earlier_answers_as_they_were_written(model: Path) -> None:
+def test_response_keeps_earlier_answers_as_they_were_written(model: Case) -> None:
     llm = steered(model, 40.0, scope="response")
     said, _ = answer(llm, ONE, 5)
     llm.angle = -40.0
@@ -201,13 +214,13 @@ def test_response_keeps_earlier_answers_as_they_were_written(model: Path) -> Non
     assert evaluated(llm, follow_up) == len(follow_up) - len(ONE) - 4
 
 
-def test_response_does_not_keep_a_steered_prompt_token_whose_answer_is_gone(model: Path) -> None:
+def test_response_does_not_keep_a_steered_prompt_token_whose_answer_is_gone(model: Case) -> None:
     llm = steered(model, 40.0, scope="response")
     answer(llm, ONE, 4)
     assert_as_fresh(llm, [*ONE, 99, 98])
 
 
-def test_a_change_of_scope_evaluates_again(model: Path) -> None:
+def test_a_change_of_scope_evaluates_again(model: Case) -> None:
     llm = steered(model, 40.0)
     answer(llm, ONE, 3)
     llm.scope = "response"
@@ -216,7 +229,7 @@ def test_a_change_of_scope_evaluates_again(model: Path) -> None:
     assert_as_fresh(llm, ONE)
 
 
-def test_logits_follow_the_same_rules(model: Path) -> None:
+def test_logits_follow_the_same_rules(model: Case) -> None:
     llm = steered(model, 40.0)
     tokens = [*ONE, 5, 6, 7]
     for scope in ("all", "response"):
@@ -228,7 +241,7 @@ def test_logits_follow_the_same_rules(model: Path) -> None:
             assert_as_fresh(llm, OTHER)
 
 
-def test_random_use_never_differs_from_a_fresh_context(model: Path) -> None:
+def test_random_use_never_differs_from_a_fresh_context(model: Case) -> None:
     rng = np.random.default_rng(0)
     llm = steered(model, 40.0)
     prompts = [ONE, OTHER, HEAD, [*HEAD, *range(40, 90)]]

@@ -55,6 +55,16 @@ def test_hook_and_torch_give_the_same_logits(
     assert_same_logits(model, [(steering_for(model, operator), DIAL[operator])])
 
 
+@pytest.mark.parametrize("operator", ["selective", "ablation"])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_the_lora_engine_gives_the_hook_s_logits(
+    models: dict[str, tiny.TinyModel], family: str, operator: Operator
+) -> None:
+    model = models[family]
+    for angle in (-12.0, 180.0) if operator == "selective" else (1.0,):
+        assert_same_logits(model, [(steering_for(model, operator), angle)], engine="lora")
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_norms_behind_a_half_block_are_steered_too(models: dict[str, tiny.TinyModel], family: str) -> None:
     """Gemma-2's `ffn_post_norm` bears no number in llama.cpp's graph."""

@@ -28,7 +28,7 @@ class NativeRecorder:
         file = read_model(model_path)
         kinds = architecture(file.architecture, (tensor.name for tensor in file.tensors)).kinds_for(sites)
         self.base = file.base
-        self._llm = SteeredLlama(model_path, **llama)
+        self._llm = SteeredLlama(model_path, steering=(), **llama)
         self._at = [number for number, site in enumerate(self._llm.hook_sites) if site.kind in kinds]
         self.sites = tuple(self._llm.hook_sites[number] for number in self._at)
         self.uses_plain_template = self._llm.chat_template.is_plain

@@ -17,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import llama_cpp
 import numpy as np
+from jinja2 import TemplateError
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from numpy.typing import NDArray
@@ -35,6 +37,7 @@ from edge_steer.runtime.dials import (
     load_steerings,
     warn_of_overlap,
 )
+from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.native import Hook, Record
 from edge_steer.sites import Site, architecture
 
@@ -48,10 +51,13 @@ _UNKNOWN = -1  # of a token cached by something else
 class SteeredLlama(Llama):  # type: ignore[misc]
     """A llama_cpp.Llama with steerings.
 
-    steering: one or several, as values or paths; they apply in the order given.
+    steering: one or several, as values or paths; they apply in the order given. None: those that the model's file
+              embeds, if any; () is none.
     angle:    the dial of the one steering; None is off; left out, the file's default.
     angles:   the dials by name, where there are several.
     scope:    "all": every token is steered; "response": the last prompt token and everything after it.
+    engine:   "hook": the native callback; "lora": llama.cpp's adapters, for linear operators; "auto": the hook,
+              unless every layer is on a GPU and the operators are linear.
     Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
 
     Raises SteerError where a steering does not fit the model or has no dial.
@@ -65,6 +71,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         angle: float | FileDefault | None = FILE_DEFAULT,
         angles: Mapping[str, float | None] | None = None,
         scope: Scope = "all",
+        engine: EngineName = "auto",
         **llama: Any,
     ) -> None:
         if llama.get("embedding"):
@@ -72,7 +79,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         file = read_model(model_path)
         arch = architecture(file.architecture, (tensor.name for tensor in file.tensors))
         sites = arch.sites(file.block_count, ",".join(arch.kinds))
-        self.steerings = load_steerings(steering)
+        embedded = model_path if "steering.count" in file.metadata else ()
+        self.steerings = load_steerings(embedded if steering is None else steering)
         for each in self.steerings:
             if warning := each.check_fits(file.base):
                 warnings.warn(warning, stacklevel=2)
@@ -83,18 +91,26 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self.scope = scope
 
         self._hook = Hook(arch, sites, file.embedding_length)
-        self._numbers = [self._hook.add(each) for each in self.steerings]
-        self._applied: tuple[Action | None, ...] = (None,) * len(self.steerings)
-        self._proven = False  # that every steered site was met
         self._states = {"": _OFF}  # key, the same in every process, to number
         self._numbered: dict[tuple[tuple[Action | None, ...], bool], int] = {}
         self._generating = self._answering = False
 
         llama.setdefault("verbose", False)
-        super().__init__(str(model_path), **llama)
+        try:
+            super().__init__(str(model_path), **llama)
+        except (ValueError, TemplateError) as error:
+            raise SteerError(
+                f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
+                "fetch it again, or give less --ctx or --gpu-layers where memory is short"
+            ) from None
         # Which state computed a cached token, and where a response began; meaningful below n_tokens.
         self._stamps = np.zeros(len(self.input_ids), np.int32)
         self._opens = np.zeros(len(self.input_ids), np.bool_)
+        everywhere = self.model_params.n_gpu_layers > file.block_count and llama_cpp.llama_supports_gpu_offload()
+        self.engine = choose_engine(engine, self.steerings, offloaded=everywhere)
+        self._engine: Engine = (
+            HookEngine(self._hook, self.steerings) if self.engine == "hook" else LoraEngine(self, file, self.steerings)
+        )
         self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))
         if self._chose_chat_format:
             self._choose_chat_format()
@@ -133,7 +149,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
     @property
     def sites_hit(self) -> int:
         """Sites at which at least one token was turned since the model was loaded."""
-        return int(np.count_nonzero(self._hook.turned))
+        return self._engine.sites_hit()
 
     def _only(self) -> str:
         if len(self.steerings) != 1:
@@ -195,7 +211,9 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         return self.text_tokens(self.chat_template.render(messages))
 
     def close(self) -> None:
-        """Free the context, the model, then the hook that the context calls."""
+        """Free the engine, the context, the model, then the hook that the context calls."""
+        if engine := self.__dict__.pop("_engine", None):
+            engine.close()
         super().close()
         if hook := self.__dict__.get("_hook"):
             hook.close()
@@ -205,7 +223,12 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"steering": self.steerings, "angles": dict(self._angles), "scope": self._scope}
+        own: dict[str, Any] = {
+            "steering": self.steerings,
+            "angles": dict(self._angles),
+            "scope": self._scope,
+            "engine": self.engine,
+        }
         if self._chose_chat_format:  # a closure, and chosen again when it is made again
             own |= {"chat_format": None, "chat_handler": None}
         return {**super().__getstate__(), **own}
@@ -242,22 +265,17 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         """Evaluate tokens under `actions` and stamp them with that state."""
         if len(tokens) == 0:
             return
-        for number, old, new in zip(self._numbers, self._applied, actions, strict=True):
-            if old != new:
-                self._hook.dial(number, new)
-        self._applied = actions
+        self._engine.apply(actions)
         begin = self.n_tokens
         try:
             (evaluate or super().eval)(tokens)
-            self._hook.check_status()
+            self._engine.check()
         except SteerError:
             self.reset()
             raise
         finally:
             self._stamps[begin : self.n_tokens] = self._state(actions, response)
             self._opens[begin : self.n_tokens] = False
-        if not self._proven and any(actions):
-            self._prove(actions)
 
     def _state(self, actions: tuple[Action | None, ...], response: bool) -> int:
         """Number of a steering state. States that act alike are one; off is always the same."""
@@ -273,21 +291,6 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             number = self._states.setdefault(key, len(self._states))
             self._numbered[actions, response] = number
         return number
-
-    def _prove(self, actions: tuple[Action | None, ...]) -> None:
-        """Raise NoEffectError where a site that should act was not met in the graph."""
-        on = [each for each, action in zip(self.steerings, actions, strict=True) if action is not None]
-        met = {site for site, count in zip(self._hook.sites, self._hook.reached, strict=True) if count}
-        for each in on:
-            if missing := [site for site in each.steered if site not in met]:
-                self.reset()
-                wanted, found = len(each.steered), len(each.steered) - len(missing)
-                names = sorted({name.rsplit("-", 1)[0] for name in self._hook.node_names() if "norm" in name})
-                raise NoEffectError(
-                    f"steering {each.name!r} met {found} of its {wanted} sites, not {missing[0]}; "
-                    f"this model's graph has: {', '.join(names) or 'no norm tensors'}"
-                )
-        self._proven = len(on) == len(self.steerings)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again."""
