@@ -86,7 +86,10 @@ class Architecture:
     def sites(self, block_count: int, choice: str = "default") -> tuple[Site, ...]:
         """Every site of `choice` in a model of `block_count` blocks, in network order."""
         kinds = self.kinds_for(choice)
-        return tuple(Site(layer, kind) for layer in range(block_count) for kind in kinds)
+        # llama.cpp's control vectors, the form of `layer_out` that others run, know no block 0.
+        return tuple(
+            Site(layer, kind) for layer in range(block_count) for kind in kinds if layer > 0 or kind != "layer_out"
+        )
 
     def tensor(self, site: Site) -> str:
         """Name of the site's node in llama.cpp's graph, such as `attn_norm-20`."""

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from edge_steer.errors import NoEffectError, SteerError
+from edge_steer.export.gguf_bytes import text, write_float32
 from edge_steer.export.readers import Dialled
+from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Add
 from edge_steer.whole_file import whole_file
@@ -53,16 +55,12 @@ def control_vector(
             directions[site.layer] = directions.get(site.layer, 0) + step
     if not directions:
         raise NoEffectError("every steering is off; give a coefficient: -s FILE:0.3 or --angle 0.3")
+    metadata = {
+        "general.architecture": text("controlvector"),
+        "controlvector.model_hint": text(model.architecture),
+        "controlvector.layer_count": Value(GGUFValueType.INT32, len(directions)),
+    }
+    tensors = {f"direction.{layer}": directions[layer].astype(np.float32) for layer in sorted(directions)}
     with whole_file(Path(out), force=force) as part:
-        writer = GGUFWriter(part, "controlvector")
-        try:
-            writer.add_string("controlvector.model_hint", model.architecture)
-            writer.add_int32("controlvector.layer_count", len(directions))
-            for layer, direction in sorted(directions.items()):
-                writer.add_tensor(f"direction.{layer}", direction.astype(np.float32))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        write_float32(part, metadata, tensors)
     return Path(out)

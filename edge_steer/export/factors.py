@@ -49,20 +49,39 @@ def action_core(action: Action | None, rank: int) -> Floats:
             raise SteerError(f"expected a linear operator, got {type(action).__name__}; use the hook")
 
 
-def factor_at(site: Site, steerings: Sequence[Steering], actions: Sequence[Action | None]) -> Factor:
-    """The factor of all of `steerings` that act at `site`, one after another in the order given.
+@dataclass(frozen=True)
+class Stack:
+    """The steerings that act at one site. members: (number of the steering, its rank), in order.
 
-    One that is off keeps its place in S, so that S and r are the same at all dials.
+    span: S (r, d) float64. overlap: S Sᵀ (r, r).
     """
-    width = steerings[0].basis.shape[2]
-    span, core = np.zeros((0, width)), np.zeros((0, 0))
-    for steering, action in zip(steerings, actions, strict=True):
-        if site not in steering.steered:
-            continue
-        rank = RANK[steering.operator]
-        basis = steering.basis_at(site).astype(np.float64)
-        # (I + BᵀKB)(I + SᵀGS) = I + SᵀGS + BᵀK(B + (B Sᵀ) G S)
-        row = action_core(action, rank) @ np.hstack([(basis @ span.T) @ core, np.eye(rank)])
-        core = np.vstack([np.hstack([core, np.zeros((len(core), rank))]), row])
-        span = np.vstack([span, basis])
-    return Factor(span, core)
+
+    members: tuple[tuple[int, int], ...]
+    span: Floats
+    overlap: Floats
+
+    def core(self, actions: Sequence[Action | None]) -> Floats:
+        """G (r, r) for what each steering does, one after another; one that is off keeps its place, with zeros."""
+        core = np.zeros_like(self.overlap)
+        at = 0
+        for number, rank in self.members:
+            own = slice(at, at + rank)
+            k = action_core(actions[number], rank)
+            # (I + BᵀKB)(I + SᵀGS) = I + SᵀGS + BᵀK(B + (B Sᵀ) G S)
+            core[own, :at] = k @ self.overlap[own, :at] @ core[:at, :at]
+            core[own, own] = k
+            at += rank
+        return core
+
+
+def stack_at(site: Site, steerings: Sequence[Steering]) -> Stack:
+    """The stack of those among `steerings` that act at `site`."""
+    acting = [(number, each) for number, each in enumerate(steerings) if site in each.steered]
+    span = np.concatenate([each.basis_at(site).astype(np.float64) for _, each in acting])
+    return Stack(tuple((number, RANK[each.operator]) for number, each in acting), span, span @ span.T)
+
+
+def factor_at(site: Site, steerings: Sequence[Steering], actions: Sequence[Action | None]) -> Factor:
+    """The factor of all of `steerings` that act at `site`, one after another in the order given."""
+    stack = stack_at(site, steerings)
+    return Factor(stack.span, stack.core(actions))

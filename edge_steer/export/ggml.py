@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
@@ -92,11 +94,19 @@ def to_float(kind: int, rows: Bytes, width: int) -> NDArray[np.float32]:
 
 
 def from_float(kind: int, rows: NDArray[np.float32]) -> Bytes:
-    """Rows float32 (n, width) as ggml type `kind`, (n, row_bytes)."""
+    """Rows float32 (n, width) as ggml type `kind`, (n, row_bytes). On all cores: K-quants search for their scales."""
     rows = np.ascontiguousarray(rows, np.float32)
     count, width = rows.shape
     out = np.empty((count, row_bytes(kind, width)), np.uint8)
-    written = _library().ggml_quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, 0, count, width, None)
+    quantize = _library().ggml_quantize_chunk
+    share = -(-count // (os.cpu_count() or 1))
+
+    def write(first: int) -> int:
+        part, to = rows[first : first + share], out[first : first + share]
+        return int(quantize(kind, part.ctypes.data, to.ctypes.data, 0, len(part), width, None))
+
+    with ThreadPoolExecutor() as threads:
+        written = sum(threads.map(write, range(0, count, share)))
     assert written == out.size, (written, out.size)
     return out
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf.constants import GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
 from edge_steer.errors import FormatError
@@ -21,6 +22,7 @@ from edge_steer.model_file import ModelFile
 
 Bytes = NDArray[np.uint8]
 _BLOCK = 1 << 22  # values in a block of rows
+_ALIGNMENT = 32
 _HEADER = struct.Struct("<4sIQQ")
 _NUMBERS = {
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "<u1",
@@ -64,7 +66,7 @@ def map_model(model: ModelFile) -> Mapped:
     """The file of `model`, mapped. Raises FormatError where its head has changed since it was read."""
     data = np.memmap(model.path, np.uint8, "r")
     _, version, _, key_count = _HEADER.unpack(data[: _HEADER.size].tobytes())
-    alignment = int(model.metadata.get("general.alignment", 32))
+    alignment = int(model.metadata.get("general.alignment", _ALIGNMENT))
     infos = np.frombuffer(_infos(model.tensors), np.uint8)
     for padding in range(alignment):
         start = model.data_start - padding - len(infos)
@@ -77,9 +79,27 @@ def head(source: Mapped, tensors: Sequence[TensorInfo], more: Mapping[str, Value
     """The head of a GGUF with `tensors`, with the metadata of `source` as it stands and `more` behind it."""
     added = more or {}
     header = _HEADER.pack(b"GGUF", source.version, len(tensors), source.key_count + len(added))
-    keys = b"".join(_text(key) + _value(value) for key, value in added.items())
-    plain = header + source.keys.tobytes() + keys + _infos(tensors)
+    plain = header + source.keys.tobytes() + _keys(added) + _infos(tensors)
     return plain + bytes(-len(plain) % source.alignment)
+
+
+def write_float32(path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Write a GGUF of float32 tensors to `path`, over what is there."""
+    infos, offset = [], 0
+    for name, values in tensors.items():
+        infos.append(TensorInfo(name, values.shape[::-1], GGMLQuantizationType.F32, offset))
+        offset += -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
+    plain = _HEADER.pack(b"GGUF", 3, len(infos), len(metadata)) + _keys(metadata) + _infos(infos)
+    with path.open("wb") as file:
+        file.write(plain + bytes(-len(plain) % _ALIGNMENT))
+        for values in tensors.values():
+            file.write(np.ascontiguousarray(values, "<f4").data)
+            file.write(bytes(-values.nbytes % _ALIGNMENT))
+
+
+def text(value: str) -> Value:
+    """A string for a GGUF's metadata."""
+    return Value(GGUFValueType.STRING, value)
 
 
 def retyped(source: Mapped, kinds: Mapping[str, int]) -> list[TensorInfo]:
@@ -101,6 +121,10 @@ def copy_bytes(data: Bytes, file: BinaryIO) -> None:
 def _text(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw
+
+
+def _keys(values: Mapping[str, Value]) -> bytes:
+    return b"".join(_text(key) + _value(value) for key, value in values.items())
 
 
 def _value(value: Value) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,21 +136,22 @@ def _tensors(shard: Path) -> list[HfTensor]:
             raise FormatError(f"{shard}: expected a header within the file's {size} bytes; the file is cut short")
         header = file.read(length)
     begin = _LENGTH.size + length
+    found = []
     try:
-        entries = json.loads(header)
-        found = [
-            (HfTensor(name, shard, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0]), entry)
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise FormatError(f"{shard}: expected a safetensors header, got {error}") from None
-    for tensor, entry in found:
-        first, last = entry["data_offsets"]
-        held = int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(_TYPES.get(tensor.type, "u1")).itemsize
-        if not 0 <= first <= last <= size - begin or (tensor.type in _TYPES and held != last - first):
-            raise FormatError(f"{shard}: expected {tensor.name} within the file's {size} bytes; fetch it again")
-    return [tensor for tensor, _ in found]
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            shape, (first, last) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+            tensor = HfTensor(name, shard, str(entry["dtype"]), shape, begin + first)
+            itemsize = np.dtype(_TYPES.get(tensor.type, "u1")).itemsize
+            if not 0 <= first <= last <= size - begin or min(shape, default=0) < 0:
+                raise FormatError(f"{shard}: expected {name} within the file's {size} bytes; fetch it again")
+            if tensor.type in _TYPES and math.prod(shape) * itemsize != last - first:
+                raise FormatError(f"{shard}: expected {name} {shape} in {last - first} bytes; fetch it again")
+            found.append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{shard}: expected a safetensors header, got {error!r}") from None
+    return found
 
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
-from edge_steer.export.factors import factor_at
-from edge_steer.export.gguf_bytes import map_model
+from edge_steer.export.factors import Stack, stack_at
+from edge_steer.export.gguf_bytes import map_model, text, write_float32
 from edge_steer.export.lora_notes import modelfile, notes
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, check_linear, check_model, linear_actions
+from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import ModelFile, read_model
 from edge_steer.rotation import Action
 from edge_steer.sites import Site, architecture
@@ -39,14 +40,14 @@ class Products:
     """All that adapters of `steerings` need of a model, at any dial.
 
     products: W Sᵀ by weight, (m, r) or (E, m, r) float32. sites: the site each weight reads.
-    spans: S by site, (r, d) float32.
+    stacks: S by site, and how the steerings follow each other there.
     """
 
     model: ModelFile
     steerings: tuple[Steering, ...]
     products: dict[str, Float32s]
     sites: dict[str, Site]
-    spans: dict[Site, Float32s]
+    stacks: dict[Site, Stack]
 
 
 def products(model: ModelFile, steerings: Sequence[Steering], progress: Progress = no_progress) -> Products:
@@ -62,52 +63,45 @@ def products(model: ModelFile, steerings: Sequence[Steering], progress: Progress
     for name in sites:
         if name.replace(".weight", ".scale") in names:
             raise SteerError(f"{name} has a scale of its own, which llama.cpp's adapters do not know; use --to gguf")
-    off = [None] * len(steerings)
-    spans = {site: factor_at(site, steerings, off).span.astype(np.float32) for site in set(sites.values())}
+    stacks = {site: stack_at(site, steerings) for site in set(sites.values())}
     source = map_model(model)
     found: dict[str, Float32s] = {}
     with progress("reading weights", len(sites)) as step:
         for tensor in model.tensors:
             if tensor.name in sites:
-                span = spans[sites[tensor.name]]
+                span = stacks[sites[tensor.name]].span.astype(np.float32)
                 product = np.concatenate([rows @ span.T for rows in source.blocks(tensor)])
                 found[tensor.name] = product.reshape(*reversed(tensor.shape[2:]), -1, len(span))
                 step(1)
-    return Products(model, tuple(steerings), found, sites, spans)
+    return Products(model, tuple(steerings), found, sites, stacks)
 
 
 def adapter_tensors(source: Products, core: Core) -> Iterator[tuple[str, Float32s]]:
     """Names and values of an adapter's tensors: lora_a (r, d) and lora_b (m, r), or (E, r, d) and (E, m, r)."""
-    cores = {site: core(site).astype(np.float32) for site in source.spans}
+    cores = {site: core(site).astype(np.float32) for site in source.stacks}
     for name, product in source.products.items():
         site = source.sites[name]
-        span = source.spans[site]
+        span = source.stacks[site].span.astype(np.float32)
         yield f"{name}.lora_a", np.broadcast_to(span, (*product.shape[:-2], *span.shape))
         yield f"{name}.lora_b", product @ cores[site]
 
 
 def write_adapter(path: Path, source: Products, core: Core, description: str = "") -> None:
     """Write one adapter to `path`, over what is there."""
-    writer = GGUFWriter(path, source.model.architecture)
-    try:
-        writer.add_type("adapter")
-        writer.add_name(" ".join(steering.name for steering in source.steerings))
-        if description:
-            writer.add_description(description)
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 0.0)
-        for name, values in adapter_tensors(source, core):
-            writer.add_tensor(name, np.ascontiguousarray(values))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    metadata = {
+        "general.architecture": text(source.model.architecture),
+        "general.type": text("adapter"),
+        "general.name": text(", ".join(steering.name for steering in source.steerings)),
+        "general.description": text(description),
+        "adapter.type": text("lora"),
+        "adapter.lora.alpha": Value(GGUFValueType.FLOAT32, 0.0),
+    }
+    write_float32(path, metadata, dict(adapter_tensors(source, core)))
 
 
 def at_actions(source: Products, actions: Sequence[Action | None]) -> Core:
     """G of each site for what the steerings of `source` do, in their order; None is off."""
-    return lambda site: factor_at(site, source.steerings, actions).core
+    return lambda site: source.stacks[site].core(actions)
 
 
 def live_adapter(llama_model: Any, source: Products, actions: Sequence[Action | None]) -> Any:
@@ -139,10 +133,10 @@ def export_adapter(
     on, actions = linear_actions(steerings)
     path = Path(f"{stem(out)}.gguf")
     ollama = path.with_suffix(".Modelfile")
-    source = products(read_model(model_path), on, progress)
     dials = [(steering, dial) for steering, dial in steerings if steering in on]
     with ExitStack() as files:
         adapter, model_file = (files.enter_context(whole_file(each, force=force)) for each in (path, ollama))
+        source = products(read_model(model_path), on, progress)
         write_adapter(adapter, source, at_actions(source, actions), _describe(dials))
         model_file.write_text(modelfile(source.model.path, path), encoding="utf-8")
     return [path, ollama]
@@ -160,17 +154,17 @@ def export_pair(
     check_linear(steering)
     if RANK[steering.operator] != 2:
         raise SteerError(f"steering {steering.name!r}: {steering.operator} has no angle; it is one adapter, not a pair")
-    cos, sin, text = (Path(f"{stem(out)}{ending}") for ending in ("-cos.gguf", "-sin.gguf", ".md"))
-    source = products(read_model(model_path), [steering], progress)
+    cos, sin, readme = (Path(f"{stem(out)}{ending}") for ending in ("-cos.gguf", "-sin.gguf", ".md"))
     with ExitStack() as files:
-        parts = [files.enter_context(whole_file(each, force=force)) for each in (cos, sin, text)]
+        parts = [files.enter_context(whole_file(each, force=force)) for each in (cos, sin, readme)]
+        source = products(read_model(model_path), [steering], progress)
         # R(θ) − I = (cosθ − 1) SᵀS + sinθ SᵀJS
         write_adapter(parts[0], source, lambda _: np.eye(2), f"{steering.name}: scale it by cos(angle) - 1")
         write_adapter(
             parts[1], source, lambda _: np.array([[0.0, -1.0], [1.0, 0.0]]), f"{steering.name}: scale it by sin(angle)"
         )
         parts[2].write_text(notes(steering, source.model.path, cos, sin), encoding="utf-8")
-    return [cos, sin, text]
+    return [cos, sin, readme]
 
 
 def stem(out: str | Path) -> str:

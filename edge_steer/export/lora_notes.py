@@ -17,17 +17,18 @@ def scales(degrees: float) -> tuple[float, float]:
     return c - 1, s
 
 
+# llama-server drops its cache only where a request names other scales than the slot had: server-context.cpp,
+# launch_slot_with_task, as of llama-cpp-python 0.3.36.
 def notes(steering: Steering, model: Path, cos: Path, sin: Path) -> str:
     """Markdown: the pair's scales for common angles, and the command lines that use them."""
     example = 8
-    c, s = (f"{scale:.6f}" for scale in scales(example))
-    rows = "\n".join("| {} | {:.6f} | {:.6f} |".format(f"{angle:+d}°", *scales(angle)) for angle in _ANGLES)
+    c, s = (f"{scale:.7f}" for scale in scales(example))
+    rows = "\n".join("| {} | {:.7f} | {:.7f} |".format(f"{angle:+d}°", *scales(angle)) for angle in _ANGLES)
     return f"""# {steering.name}
 
-Two adapters for `{model.name}` that steer it at any angle, exactly, on unmodified llama.cpp. Positive angles turn
-toward *{steering.positive}*, negative ones toward *{steering.negative}*. They fit
-this very file and no other quantization.
-
+Two adapters for `{model.name}` that steer it at any angle, exactly, on unmodified llama.cpp.
+Positive angles turn toward *{steering.positive}*, negative ones toward *{steering.negative}*.
+They fit this very file and no other quantization of it.
 
 The scales of an angle are cos(angle) − 1 for `{cos.name}` and sin(angle) for `{sin.name}`; always give both.
 
@@ -46,16 +47,19 @@ That is {example:+d}°, for every token, the prompt included.
 ## llama-server
 
 ```
-llama-server -m {model.name} --lora {cos.name},{sin.name} --lora-init-without-apply
+llama-server -m {model.name} --lora-scaled {cos.name}:0,{sin.name}:0
 ```
 
-Then each request names its own angle; without the field it runs unsteered:
+Then each request names its own angle:
 
 ```json
 {{"prompt": "How was your day?", "lora": [{{"id": 0, "scale": {c}}}, {{"id": 1, "scale": {s}}}]}}
 ```
 
-`POST /lora-adapters` with the same list sets the angle of all requests that name none.
+Name both scales in every request, 0 and 0 for no steering. A request without the field is answered at the scales of
+the command line, but llama-server may then reuse text that it has cached at another angle; so it may after a
+`POST /lora-adapters`. Do not start it with `--lora-init-without-apply`: a request without the field would then run both
+adapters at scale 1, which is no angle at all.
 """
 
 

@@ -18,6 +18,7 @@ from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.export.whole_folder import whole_folder
 
 _ROWS = 1 << 22
+_OLD = "language_model.model."
 
 
 def export_peft(
@@ -41,22 +42,27 @@ def export_peft(
             raise SteerError(f"{name}: a PEFT adapter cannot reach routers and experts; use --to hf, lora or gguf")
     rank = max(len(factor.span) for factor in factors.values())
     tensors: dict[str, NDArray[np.float32]] = {}
-    with progress("reading weights", len(factors)) as step:
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder), "inference_mode": True,
+        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": sorted(map(_module, factors)),
+    }  # fmt: skip
+    with whole_folder(out, source.folder, force=force) as part, progress("reading weights", len(factors)) as step:
         for name, factor in factors.items():
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            stem = f"base_model.model.{_module(name)}"
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = _adapter(
                 source.tensors[name], factor, rank
             )
             step(1)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder), "inference_mode": True,
-        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted(name.removesuffix(".weight") for name in factors),
-    }  # fmt: skip
-    with whole_folder(out, source.folder, force=force) as part:
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(part / "adapter_model.safetensors", tensors)
     return out
+
+
+def _module(tensor: str) -> str:
+    """The module that holds a checkpoint's tensor; multimodal ones bear other names on disk than in transformers."""
+    name = tensor.removesuffix(".weight")
+    return f"model.language_model.{name[len(_OLD) :]}" if name.startswith(_OLD) else name
 
 
 def _adapter(tensor: HfTensor, factor: Factor, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -1,0 +1,46 @@
+"""The one table of Hugging Face names against gguf-py's own, which llama.cpp's converters use."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+
+from edge_steer.export.readers import _HF_MODULES, gguf_name
+from edge_steer.sites import MODEL_TYPES, architecture
+
+KNOWN = sorted(set(MODEL_TYPES.values()))
+# What gguf-py takes only after its converters have stacked the experts.
+STACKED = {"*": "0"}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_module_of_a_block_has_the_converters_name(name: str) -> None:
+    arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    theirs = gguf.get_tensor_name_map(arch, 4)
+    layers = architecture(name).layers
+    checked = 0
+    for ours, modules in _HF_MODULES.items():
+        for module in modules:
+            stacked = module.replace(".*.", ".")
+            found = theirs.get_name(f"{layers}.2.{stacked}.weight", (".weight",))
+            if found is not None:
+                assert found == f"blk.2.{ours}.weight", module
+                mine = gguf_name(architecture(name), f"{layers}.2.{module.replace('*', '17')}.weight")
+                assert mine == f"blk.2.{ours}.weight"
+                checked += 1
+    assert checked >= 3
+
+
+def test_names_outside_the_table() -> None:
+    llama, gemma3, neox = (architecture(name) for name in ("llama", "gemma3", "gptneox"))
+    assert gguf_name(llama, "model.embed_tokens.weight") is None
+    assert gguf_name(llama, "lm_head.weight") is None
+    assert gguf_name(llama, "model.layers.3.self_attn.q_proj.bias") == "blk.3.attn_q.bias"
+    assert gguf_name(llama, "model.layers.3.self_attn.new_proj.weight") == "blk.3.self_attn.new_proj.weight"
+    assert gguf_name(llama, "layers.3.mlp.up_proj.weight") == "blk.3.ffn_up.weight"
+    assert gguf_name(llama, "model.layers.3.mlp.experts.gate_up_proj") == "blk.3.ffn_gate_up_exps.weight"
+    assert gguf_name(llama, "model.layers.3.self_attn.rotary_emb.inv_freq") == "blk.3.self_attn.rotary_emb.inv_freq"
+    for prefix in ("model.language_model.", "language_model.model."):
+        assert gguf_name(gemma3, f"{prefix}layers.0.self_attn.k_proj.weight") == "blk.0.attn_k.weight"
+    assert gguf_name(gemma3, "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.weight") is None
+    assert gguf_name(neox, "gpt_neox.layers.1.attention.query_key_value.weight") == "blk.1.attn_qkv.weight"
