@@ -34,10 +34,8 @@ def read_vector(path: Path, layers: int) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
 def test_a_control_vector_is_the_addition(tinies: dict[str, Any], family: str, tmp_path: Path) -> None:
     path = tinies[family].gguf_path
-    whole = steering_for(path, "addition", "layer_out")
-    later = [site.layer > 0 for site in whole.sites]
-    one = whole.with_(mask=np.array(later))
-    two = steering_for(path, "addition", "layer_out", seed=1, name="b").with_(mask=np.array([False, False, True]))
+    one = steering_for(path, "addition", "layer_out")
+    two = steering_for(path, "addition", "layer_out", seed=1, name="b").with_(mask=np.array([False, True]))
     actions = [(one, 0.4), (two, -0.7)]
     out = control_vector(path, tmp_path / "vector.gguf", actions)
     head = read_gguf(out, lambda key: True)
@@ -78,8 +76,7 @@ def test_the_verb_writes_every_target(tinies: dict[str, Any], tmp_path: Path) ->
     model = tinies["llama"]
     file, added = tmp_path / "s.gguf", tmp_path / "added.gguf"
     steering_for(model.gguf_path).save(file)
-    adding = steering_for(model.gguf_path, "addition", "layer_out", name="added")
-    adding.with_(mask=np.array([False, True, True])).save(added)
+    steering_for(model.gguf_path, "addition", "layer_out", name="added").save(added)
     expected = {
         "lora": (model.gguf_path, str(file), ["lora-cos.gguf", "lora-sin.gguf", "lora.md"]),
         "gguf": (model.gguf_path, f"{file}:8", ["gguf"]),

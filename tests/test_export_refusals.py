@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from exports import steering_for, tinies
-from planted import DIAL
+from planted import DIAL, random_steering
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.export.baked import bake_gguf, baker
@@ -18,7 +18,7 @@ from edge_steer.export.hf import bake_hf
 from edge_steer.export.lora import export_adapter, export_pair, products
 from edge_steer.export.peft import export_peft
 from edge_steer.model_file import read_model
-from edge_steer.sites import architecture
+from edge_steer.sites import Site, architecture
 from edge_steer.steering import Operator
 
 __all__ = ["tinies"]
@@ -45,7 +45,7 @@ def test_operators_that_are_not_linear(tinies: dict[str, Any], operator: Operato
 def test_sites_that_write_to_the_residual_stream(tinies: dict[str, Any], sites: str, tmp_path: Path) -> None:
     model = tinies["gemma3"]
     steering = steering_for(model.gguf_path, sites=sites)
-    reason = f"blk.0.{sites} writes to the residual stream"
+    reason = f"{steering.sites[0]} writes to the residual stream"
     for export in (bake_gguf, export_adapter):
         refused(tmp_path, reason, export, model.gguf_path, [(steering, 8)])
     for export in (bake_hf, export_peft):
@@ -195,9 +195,9 @@ def test_a_control_vector_that_would_not_be_the_steering(tinies: dict[str, Any],
     path = tinies["llama"].gguf_path
     refused(tmp_path, "a control vector adds", control_vector, path, [(steering_for(path), 8)])
     refused(tmp_path, "adds at blk.0.attn_norm", control_vector, path, [(steering_for(path, "addition"), 1)])
-    whole = steering_for(path, "addition", "layer_out")
-    refused(tmp_path, "no control vector for block 0", control_vector, path, [(whole, 1)])
-    refused(tmp_path, "off", control_vector, path, [(whole, 0)])
+    first = random_steering(read_model(path).base, [Site(0, "layer_out")], "addition")
+    refused(tmp_path, "no control vector for block 0", control_vector, path, [(first, 1)])
+    refused(tmp_path, "off", control_vector, path, [(steering_for(path, "addition", "layer_out"), 0)])
 
 
 def test_ablation_is_no_pair(tinies: dict[str, Any], tmp_path: Path) -> None:

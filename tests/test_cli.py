@@ -1,0 +1,261 @@
+"""The verbs: what they print and write, and that what a user does wrong ends in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import ONE_THREAD, process, ran, run, steering_for
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import tiny
+
+from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibrate.planes import MASKS
+from edge_steer.cli import calibrate as calibrate_verb
+from edge_steer.cli import main as main_module
+from edge_steer.contrast import prompt_set
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.steering import OPERATORS, PLANES, Steering, save_all
+
+QUICK = ["--ctx", 256, "--max-tokens", 8, *ONE_THREAD]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models llama.gguf and gemma3.gguf, prompts p.txt and n.txt, and a calibrated steering mood.gguf."""
+    folder = tmp_path_factory.mktemp("place")
+    for family in ("llama", "gemma3"):
+        tiny.build(family, folder)
+    for file, word in (("p.txt", "love"), ("n.txt", "hate")):
+        lines = [f"I {word} {thing}" for thing in ("tea", "the sun", "rain", "old books")]
+        (folder / file).write_text("\n".join(lines) + "\n")
+    ran(
+        "calibrate", "-m", folder / "llama.gguf", "--positive", folder / "p.txt", "--negative", folder / "n.txt",
+        "-o", folder / "mood.gguf", "--mask", "all", *ONE_THREAD,
+    )  # fmt: skip
+    return folder
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "banned"),
+    [
+        ("import edge_steer", "numpy llama_cpp torch transformers matplotlib"),
+        ("import edge_steer; edge_steer.Steering; edge_steer.SteeredLlama", "torch transformers matplotlib"),
+        ("from edge_steer.cli.main import main; main(['--help'], standalone_mode=False)",
+         "numpy rich llama_cpp huggingface_hub torch transformers matplotlib"),
+        ("from edge_steer.cli.main import main; main(['calibrate', '--help'], standalone_mode=False)",
+         "numpy rich llama_cpp huggingface_hub torch transformers matplotlib"),
+    ],
+)  # fmt: skip
+def test_importing_and_help_load_nothing_heavy(code: str, banned: str) -> None:
+    check = f"import sys; {code}; print([m for m in {banned.split()!r} if m in sys.modules], file=sys.stderr)"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("verb", main_module.VERBS)
+def test_every_verb_explains_itself(verb: str) -> None:
+    assert verb in ran("--help").stdout
+    assert ran(verb, "--help").stdout.startswith(f"Usage: main {verb}")
+
+
+def test_the_choices_of_calibrate_are_the_library_s() -> None:
+    assert (calibrate_verb.PLANES, calibrate_verb.OPERATORS) == (PLANES, OPERATORS)
+    assert set(calibrate_verb.MASKS) == set(MASKS)
+
+
+def test_the_version_is_told() -> None:
+    assert "edge-steer, version" in process("--version").stdout.decode()
+
+
+# --- calibrate ------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_what_the_library_computes(place: Path) -> None:
+    recorder = NativeRecorder(place / "llama.gguf", n_ctx=512, n_threads=1, n_threads_batch=1)
+    expected = calibrate(recorder, prompt_set(place / "p.txt", place / "n.txt", "mood"), mask="all")
+    found = Steering.load(place / "mood.gguf")
+    assert found.name == "mood"
+    assert found.sites == expected.sites
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.basis, expected.basis)
+
+
+def test_calibrate_reads_a_hugging_face_directory(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "torch.gguf"
+    ran("calibrate", "-m", place / "llama", "--positive", place / "p.txt", "--negative", place / "n.txt", "-o", out,
+        "--device", "cpu", "--batch-size", 3, "--mask", "all")  # fmt: skip
+    found, native = Steering.load(out), Steering.load(place / "mood.gguf")
+    assert found.made.recorder == "torch"
+    np.testing.assert_allclose(found.basis, native.basis, atol=2e-3)  # the GGUF was read with a half-precision cache
+
+
+def test_calibrate_prints_the_path_alone_and_tells_of_sites_left_out(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.gguf"
+    found = ran("calibrate", "-m", place / "llama.gguf", "--preset", "sentiment", "--limit", 2, "-o", out,
+                "--name", "joy", "--plane", "global", "--operator", "standard", "--sites", "ffn_norm",
+                *ONE_THREAD)  # fmt: skip
+    assert found.stdout == f"{out}\n"
+    assert "note: joy: cheerful (+) against gloomy (−), standard, global planes" in found.stderr
+    made = Steering.load(out)
+    assert (made.name, made.operator, made.plane, made.made.positive_count) == ("joy", "standard", "global", 2)
+    assert {site.kind for site in made.sites} == {"ffn_norm"}
+    found = ran("calibrate", "-m", place / "llama.gguf", "--preset", "sentiment", "--limit", 2, "-o", out, "--force",
+                *ONE_THREAD)  # fmt: skip
+    assert "note: blk.0.attn_norm is left out" in found.stderr
+
+
+def test_an_existing_output_is_kept_without_force_and_nothing_is_computed(place: Path) -> None:
+    before = (place / "mood.gguf").read_bytes()
+    found = run("calibrate", "-m", "nowhere.gguf", "--preset", "sentiment", "-o", place / "mood.gguf")
+    assert found.exit_code == 1
+    assert "--force" in found.stderr
+    assert (place / "mood.gguf").read_bytes() == before
+
+
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_every_layer(place: Path) -> None:
+    steering = Steering.load(place / "mood.gguf")
+    found = ran("inspect", place / "mood.gguf").stdout
+    assert "selective, local planes, at 5 of 5 sites" in found
+    assert found.count("●") == 5 + 1
+    for separation, norm in zip(steering.separation, steering.mean_norm, strict=True):
+        assert f"{separation:.2f}" in found
+        assert f"{norm:.3g}" in found
+    assert "\x1b" not in found
+    assert not [line for line in found.splitlines() if len(line) > 100 or line != line.rstrip()]
+
+
+def test_inspect_as_json_holds_every_field_but_the_vectors(place: Path) -> None:
+    steering = Steering.load(place / "mood.gguf")
+    (found,) = json.loads(ran("inspect", place / "mood.gguf", "--json").stdout)
+    assert [site["site"] for site in found["sites"]] == [site.name for site in steering.sites]
+    assert [site["mask"] for site in found["sites"]] == steering.mask.tolist()
+    np.testing.assert_allclose([site["separation"] for site in found["sites"]], steering.separation, rtol=1e-5)
+    np.testing.assert_allclose([site["mean_norm"] for site in found["sites"]], steering.mean_norm, rtol=1e-5)
+    assert found["angle"] is None
+    assert found["base"]["tokenizer_sha256"] == steering.base.tokenizer_sha256
+    assert found["made"]["positive_count"] == 4
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_inspect_shows_several_steerings_of_any_operator_with_names_of_any_kind(
+    place: Path, tmp_path: Path, operator: str
+) -> None:
+    one = steering_for(place / "llama.gguf", operator, name="[red]one[/] $x$")
+    two = replace(one, name="two", angle=5.0, angle_min=-8.0, angle_max=9.0)
+    save_all([one, two], tmp_path / "both.gguf")
+    found = ran("inspect", tmp_path / "both.gguf", "--plot", tmp_path / "both.png")
+    assert "[red]one[/] $x$" in found.stdout
+    assert ("-8 … +9" in found.stdout) == (operator != "ablation")
+    assert len(json.loads(ran("inspect", tmp_path / "both.gguf", "--json").stdout)) == 2
+
+
+def test_inspect_draws_a_png_whole_or_not_at_all(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    png = tmp_path / "map.png"
+    found = ran("inspect", place / "mood.gguf", "--json", "--plot", png)
+    assert json.loads(found.stdout)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [png]
+    assert run("inspect", place / "mood.gguf", "--plot", png).exit_code == 1
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = run("inspect", place / "mood.gguf", "--plot", tmp_path / "other.png")
+    assert found.exit_code == 1
+    assert "pip install 'edge-steer[plot]'" in found.stderr
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["all", "response"])
+def test_generate_as_json_is_what_the_library_answers(place: Path, scope: str) -> None:
+    found = ran("generate", "-m", place / "llama.gguf", "-s", f"{place / 'mood.gguf'}:25", "-p", "Hello you",
+                "--system", "Be.", "--scope", scope, "--json", *QUICK)  # fmt: skip
+    assert not found.stderr
+    record = json.loads(found.stdout)
+    llm = SteeredLlama(place / "llama.gguf", steering=place / "mood.gguf", angle=25, scope=scope,
+                       n_ctx=256, n_threads=1, n_threads_batch=1)  # fmt: skip
+    prompt = llm.chat_tokens([{"role": "system", "content": "Be."}, {"role": "user", "content": "Hello you"}])
+    expected = llm.create_completion(prompt, max_tokens=8, temperature=0.0, repeat_penalty=1.1)
+    assert record["prompt_tokens"] == len(prompt) == expected["usage"]["prompt_tokens"]
+    assert 0 < record["generated_tokens"] <= 8
+    assert record["text"].replace("�", "")[:3] == expected["choices"][0]["text"].replace("�", "").lstrip()[:3]
+    assert (record["angle"], record["scope"], record["sites_hit"]) == (25.0, scope, 5)
+    assert record["tokens_per_second"] > 0
+
+
+def test_generate_streams_text_and_takes_the_prompt_from_standard_input(place: Path) -> None:
+    common = ["generate", "-m", place / "llama.gguf", "-s", place / "mood.gguf", "--angle", 25, *QUICK]
+    text = json.loads(ran(*common, "-p", "Hello", "--json").stdout)["text"]
+    assert ran(*common, "-p", "Hello").stdout == text + "\n"
+    assert ran(*common, "-p", "-", input=" Hello\n").stdout == text + "\n"
+
+
+def test_the_angle_option_beats_the_file_s_and_steerings_add_up(place: Path, tmp_path: Path) -> None:
+    mood = Steering.load(place / "mood.gguf")
+    replace(mood, name="kind", angle=7.0, angle_min=-10.0, angle_max=20.0).save(tmp_path / "kind.gguf")
+    common = ["generate", "-m", place / "llama.gguf", "-p", "Hi", "--json", *QUICK, "-s"]
+
+    def angle(*args: object) -> object:
+        return json.loads(ran(*common, *args).stdout)["angle"]
+
+    assert angle(f"{tmp_path / 'kind.gguf'}:3", "--angle", -4) == -4
+    assert angle(f"{tmp_path / 'kind.gguf'}:3") == 3
+    assert angle(tmp_path / "kind.gguf") == 7
+    assert angle(tmp_path / "kind.gguf", "--strength", 0.5) == 10
+    assert angle(tmp_path / "kind.gguf", "--strength", -0.5) == -5
+    found = ran(*common, tmp_path / "kind.gguf", "-s", f"{place / 'mood.gguf'}:2")
+    assert json.loads(found.stdout)["angle"] == {"kind": 7, "mood": 2}
+    assert found.stderr.startswith("note: steerings 'kind' and 'mood' overlap")
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_counts_the_sites_of_a_model(place: Path) -> None:
+    found = json.loads(ran("doctor", "-m", place / "gemma3.gguf", "--json", *ONE_THREAD).stdout)
+    assert found["native hook"].startswith("loaded")
+    assert "ffn_post_norm 3 of 3" in found["model"]["sites met"]
+    assert found["model"]["sites missing"] == []
+    shown = ran("doctor").stdout
+    assert "llama-cpp-python: 0.3.36" in shown
+    assert "model:" not in shown
+
+
+def test_presets_and_models_are_listed_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_STEER_CACHE", str(tmp_path))
+    assert {row["name"] for row in json.loads(ran("presets", "--json").stdout)} >= {"sentiment", "refusal"}
+    rows = {row["name"]: row for row in json.loads(ran("models", "--json").stdout)}
+    assert set(rows["smollm2-135m"]) >= {"name", "source", "size", "sha256", "licence", "path"}
+    assert rows["smollm2-135m"]["path"] is None
+
+
+def test_the_whole_way_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    out = tmp_path / "happy.gguf"
+    ran("calibrate", "-m", smollm2, "--preset", "sentiment", "--limit", 8, "-o", out, "--ctx", 512, *ONE_THREAD)
+    assert "SmolLM2" in ran("inspect", out).stdout or "smollm2" in ran("inspect", out).stdout.lower()
+    common = ["generate", "-m", smollm2, "-p", "How was your day?", "--json", "--max-tokens", 16, "--ctx", 512]
+    plus, off = (json.loads(ran(*common, "-s", f"{out}:{angle}", *ONE_THREAD).stdout) for angle in (10, 0))
+    assert plus["text"] != off["text"]
+    assert plus["sites_hit"] == len(Steering.load(out).steered)
+    assert off["sites_hit"] == 0
+
+
+def test_the_program_runs_as_a_module(place: Path) -> None:
+    found = process("inspect", place / "mood.gguf")
+    assert found.returncode == 0
+    assert not found.stderr
