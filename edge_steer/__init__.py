@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edge_steer._version import __version__
 from edge_steer.errors import FormatError, MismatchError, NoEffectError, SteerError
-from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
     from edge_steer.runtime.llama import SteeredLlama
+    from edge_steer.steering import Steering
 
 __all__ = ["FormatError", "MismatchError", "NoEffectError", "SteerError", "SteeredLlama", "Steering", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    # llama-cpp-python takes a good part of a second to import; a program that only reads files does without.
-    if name == "SteeredLlama":
-        from edge_steer.runtime.llama import SteeredLlama
+# numpy and llama-cpp-python take a good part of a second to import; `edge-steer --help` does without.
+_LAZY = {"SteeredLlama": "edge_steer.runtime.llama", "Steering": "edge_steer.steering"}
 
-        return SteeredLlama
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

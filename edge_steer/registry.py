@@ -196,7 +196,7 @@ def resolve(model: str | Path, *, fetch: bool = False, progress: Progress = _no_
 
 
 def is_gguf(model: str | Path) -> bool:
-    """Whether `model` means a GGUF: a file, or a name of the registry. Else it is Hugging Face's: a directory or hub id."""
+    """Whether `model` means a GGUF: a file, or a name of the registry. Else it is a directory or hub id."""
     return (
         str(model) in {each.name for each in entries()}
         or Path(model).suffix.lower() == ".gguf"

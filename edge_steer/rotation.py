@@ -56,7 +56,8 @@ class TurnBy:
     degrees: float
 
     def __call__(self, h: Array, basis: Array, mean_norm: float = 1.0) -> Array:
-        return h + (h @ basis.T) @ rotation_factors(self.degrees).T.astype(h.dtype) @ basis
+        turned: Array = h + (h @ basis.T) @ rotation_factors(self.degrees).T.astype(h.dtype) @ basis
+        return turned
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class TurnTo:
         q = np.stack([r * c, r * s], axis=-1) - p
         if self.threshold is not None:
             q = np.where(p[..., :1] > self.threshold, q, 0.0)
-        return h + q.astype(h.dtype) @ basis
+        turned: Array = h + q.astype(h.dtype) @ basis
+        return turned
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Ablate:
     """`ablation`: h − (h·b1)b1. Linear, does not keep ‖h‖."""
 
     def __call__(self, h: Array, basis: Array, mean_norm: float = 1.0) -> Array:
-        return h - (h @ basis[0])[..., None] * basis[0]
+        turned: Array = h - (h @ basis[0])[..., None] * basis[0]
+        return turned
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ class Add:
     alpha: float
 
     def __call__(self, h: Array, basis: Array, mean_norm: float = 1.0) -> Array:
-        step: Array = np.asarray(self.alpha * mean_norm, h.dtype) * basis[0]
-        return h + step
+        turned: Array = h + np.asarray(self.alpha * mean_norm, h.dtype) * basis[0]
+        return turned
 
 
 # What one steering does to the activations (n, d) at a site with basis (rank, d) and mean norm r.

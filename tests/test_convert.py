@@ -150,16 +150,12 @@ def test_phi3_s_two_sets_of_factors_are_the_same(
     models: Callable[[str], tiny.TinyModel], count: int, n_ctx: int, tmp_path: Path
 ) -> None:
     rope = {**LONG, **ROPE, "partial_rotary_factor": 1.0}
-    copy = variant(
-        models("phi3").hf_dir, tmp_path / "long", rope_parameters=rope, original_max_position_embeddings=256
-    )
+    copy = variant(models("phi3").hf_dir, tmp_path / "long", rope_parameters=rope, original_max_position_embeddings=256)
     convert(copy, tmp_path / "out.gguf", type="f32")
     assert_same_model(copy, tmp_path / "out.gguf", [256, *(i % 256 for i in range(count - 1))], n_ctx)
 
 
-def test_configurations_of_older_releases_say_the_same(
-    models: Callable[[str], tiny.TinyModel], tmp_path: Path
-) -> None:
+def test_configurations_of_older_releases_say_the_same(models: Callable[[str], tiny.TinyModel], tmp_path: Path) -> None:
     new = variant(models("llama").hf_dir, tmp_path / "tiny", rope_parameters={**LLAMA3, "rope_theta": 5e5})
     old = variant(models("llama").hf_dir, tmp_path / "older" / "tiny", rope_theta=5e5, rope_scaling=LLAMA3)
     edit(old / "config.json", lambda config: config.pop("rope_parameters"))

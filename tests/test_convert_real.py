@@ -11,13 +11,13 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import torch
-from directories import divergence, llama_logits, tensors, values
+import torch  # noqa: E402
+from directories import divergence, llama_logits, tensors, values  # noqa: E402
 
-from edge_steer.contrast import neutral_passages
-from edge_steer.converters.convert import convert
-from edge_steer.converters.same_tokens import TEXT
-from edge_steer.gguf_metadata import read_gguf
+from edge_steer.contrast import neutral_passages  # noqa: E402
+from edge_steer.converters.convert import convert  # noqa: E402
+from edge_steer.converters.same_tokens import TEXT  # noqa: E402
+from edge_steer.gguf_metadata import read_gguf  # noqa: E402
 
 WINDOW = 256  # so that a vocabulary's logits fit into memory
 VOCABULARY = ("model", "tokens", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")

@@ -55,7 +55,7 @@ MASKS = ("site", "layer", "all")
     "--mask",
     type=click.Choice(MASKS),
     help="Steer sites that tell the classes apart, layers of which all sites do, or all.  "
-    "[default: site; layer for --plane global; all for standard and adaptive]",
+    "[default: all; layer for --plane global with an operator that is not standard or adaptive]",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N prompts of each side.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at once (torch).")

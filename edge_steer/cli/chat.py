@@ -21,6 +21,7 @@ def chat(
     angle: float | None,
     strength: float | None,
     scope: str,
+    engine: str,
     system: str | None,
     ctx: int | None,
     gpu_layers: int,
@@ -28,7 +29,7 @@ def chat(
     seed: int,
     **sampling: Any,
 ) -> None:
-    """Chat in the terminal; /angle turns the dial while you talk.
+    """Chat in the terminal, with the dial live.
 
     Reads one question or command a line; /help lists the commands. Answers go to standard output, notes to standard
     error, so that it also works in a pipe.
@@ -44,7 +45,7 @@ def chat(
     from edge_steer.runtime.repl import Repl
 
     llm = options.open_model(
-        model, steering, angle=angle, strength=strength, scope=scope,
+        model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
     )  # fmt: skip
     note = partial(click.echo, err=True)

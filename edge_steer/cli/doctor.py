@@ -15,13 +15,14 @@ from edge_steer.cli import options
 @options.run_options
 @options.json_option
 def doctor(model: str | None, ctx: int | None, gpu_layers: int, threads: int | None, seed: int, as_json: bool) -> None:
-    """Check the installation, and which sites of a model the hook really meets."""
+    """Check this installation, and which sites of a model are met."""
     from edge_steer.runtime.doctor import examine_build, examine_model
 
     found: dict[str, Any] = examine_build()
     if model is not None:
-        run = {"ctx": ctx or 256, "gpu_layers": gpu_layers, "threads": threads, "seed": seed}
-        path, parameters = options.run_parameters(model, **run)
+        path, parameters = options.run_parameters(
+            model, ctx=ctx or 256, gpu_layers=gpu_layers, threads=threads, seed=seed
+        )
         found["model"] = examine_model(path, **parameters)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))

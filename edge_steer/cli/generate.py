@@ -24,6 +24,7 @@ def generate(
     angle: float | None,
     strength: float | None,
     scope: str,
+    engine: str,
     prompt: str,
     system: str | None,
     as_json: bool,
@@ -43,7 +44,7 @@ def generate(
 
     asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
     llm = options.open_model(
-        model, steering, angle=angle, strength=strength, scope=scope,
+        model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
     )  # fmt: skip
     stream = stream_answer(llm, asked.messages(), options.sampling(seed=seed, **sampling))

@@ -57,18 +57,21 @@ def _shown(value: float, form: str) -> str:
 
 
 def _print(steering: Steering) -> None:
+    from edge_steer.sites import KINDS
+
     base, made = steering.base, steering.made
     unit = "" if steering.operator == "addition" else "°"
     click.echo(click.style(steering.name, bold=True) + (f": {steering.description}" if steering.description else ""))
+    acts = f"{len(steering.steered)} of {len(steering.sites)} sites"
     rows = {
         "turns": f"{steering.negative} (−) to {steering.positive} (+)",
-        "how": f"{steering.operator}, {steering.plane} planes, at {len(steering.steered)} of {len(steering.sites)} sites",
+        "how": f"{steering.operator}, {steering.plane} planes, at {acts}",
         "model": f"{base.name or '–'} ({base.architecture}, {base.block_count} layers, width {base.embedding_length})",
         "angle": f"{_shown(steering.angle, '+g')}{unit if not math.isnan(steering.angle) else ''}",
         "range": "not measured; see `edge-steer sweep --write`"
         if math.isnan(steering.angle_min) and math.isnan(steering.angle_max)
         else f"{_shown(steering.angle_min, '+g')} … {_shown(steering.angle_max, '+g')}{unit}",
-        "made": f"{made.date or '–'} by the {made.recorder or 'unknown'} recorder from {made.positive_count} + "
+        "made": f"{made.date[:10] or '–'} by the {made.recorder or 'unknown'} recorder from {made.positive_count} + "
         f"{made.negative_count} prompts",
     }
     if steering.operator == "adaptive":
@@ -78,10 +81,10 @@ def _print(steering: Steering) -> None:
     for key, text in rows.items():
         click.echo(f"  {key:<9}  {text}")
 
-    kinds = list(dict.fromkeys(site.kind for site in steering.sites))
+    kinds = [kind for kind in KINDS if any(site.kind == kind for site in steering.sites)]
     where = {(site.layer, site.kind): i for i, site in enumerate(steering.sites)}
     click.echo("\n       " + "".join(f"   {kind:<20}" for kind in kinds).rstrip())
-    click.echo("  layer" + "   separation      ‖h‖ " * len(kinds))
+    click.echo("  layer" + ("   separation      ‖h‖ " * len(kinds)).rstrip())
     for layer in sorted({site.layer for site in steering.sites}):
         line = f"  {layer:>5}"
         for kind in kinds:

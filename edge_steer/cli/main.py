@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import io
+import keyword
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -14,7 +17,10 @@ import click
 from edge_steer._version import __version__
 from edge_steer.errors import SteerError
 
-VERBS = ("demo", "calibrate", "inspect", "generate", "chat", "export", "presets", "models", "doctor")
+VERBS = (
+    "demo", "calibrate", "inspect", "generate", "chat", "export", "convert", "import", "verify", "presets", "models",
+    "doctor",
+)  # fmt: skip
 
 
 class Verbs(click.Group):
@@ -26,27 +32,39 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"edge_steer.cli.{name}"), name)
+        python_name = f"{name}_" if keyword.iskeyword(name) else name
+        command: click.Command = getattr(importlib.import_module(f"edge_steer.cli.{python_name}"), python_name)
         return command
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _one_line():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            done = super().invoke(ctx)
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors that a user can cause end the program with one line, not with a traceback."""
+    try:
+        yield
+        if sys.stdout:
             sys.stdout.flush()
-            return done
-        except SteerError as error:
-            raise _failure(str(error)) from None
-        except KeyboardInterrupt:
-            raise _failure("interrupted", 130) from None
-        except BrokenPipeError:
-            _drop_output()
-            raise click.exceptions.Exit(1) from None
-        except OSError as error:
-            _drop_output()
-            where = f"{error.filename}: " if error.filename else ""
-            raise _failure(f"{where}{error.strerror or error}") from None
-        except MemoryError:
-            raise _failure("out of memory; try a smaller model or --ctx") from None
+    except SteerError as error:
+        raise _failure(str(error)) from None
+    except KeyboardInterrupt:
+        raise _failure("interrupted", 130) from None
+    except BrokenPipeError:
+        _drop_output()
+        raise click.exceptions.Exit(1) from None
+    except OSError as error:
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        raise _failure(f"{where}{error.strerror or error}") from None
+    except MemoryError:
+        raise _failure("out of memory; try a smaller model or --ctx") from None
 
 
 def _failure(text: str, code: int = 1) -> click.ClickException:
@@ -58,7 +76,8 @@ def _failure(text: str, code: int = 1) -> click.ClickException:
 def _drop_output() -> None:
     """Where standard output takes no more, leave Python nothing to fail on at exit."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

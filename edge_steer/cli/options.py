@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge_steer.runtime.chat import Sampling
-    from edge_steer.runtime.llama import SteeredLlama
+    from edge_steer.runtime.engines import EngineName
+    from edge_steer.runtime.llama import Scope, SteeredLlama
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +42,10 @@ steering_options = _all(
     click.option(
         "--scope", type=click.Choice(["all", "response"]), default="all", show_default=True,
         help="Steer every token, or the answer only.",
+    ),
+    click.option(
+        "--engine", type=click.Choice(["auto", "hook", "lora"]), default="auto", show_default=True,
+        help="Native callback or llama.cpp's adapters; auto is the hook, unless all layers are on a GPU.",
     ),
 )  # fmt: skip
 
@@ -101,20 +106,33 @@ def open_model(
     angle: float | None,
     strength: float | None,
     scope: str,
+    engine: str,
     **run: Any,
 ) -> SteeredLlama:
-    """The model that the options name, steered as they say."""
+    """The model that the options name, steered as they say; without -s, by the steerings that its file embeds."""
+    from edge_steer.model_file import read_model
     from edge_steer.runtime.dials import named_steerings
 
-    if not steering and (angle is not None or strength is not None):
-        raise click.UsageError("--angle and --strength turn a steering; give one with -s FILE")
     if angle is not None and strength is not None:
         raise click.UsageError("expected --angle or --strength, got both")
-    steerings, dials = named_steerings(steering, angle=angle, strength=strength)
+    if steering:  # before a model is fetched
+        steerings, dials = named_steerings(steering, angle=angle, strength=strength)
     path, parameters = run_parameters(model, **run)
+    if not steering:
+        embedded = [path] if "steering.count" in read_model(path).metadata else []
+        if not embedded and (angle is not None or strength is not None):
+            raise click.UsageError("--angle and --strength turn a steering; give one with -s FILE")
+        steerings, dials = named_steerings(embedded, angle=angle, strength=strength)
     from edge_steer.runtime.llama import SteeredLlama
 
-    llm = SteeredLlama(path, steering=steerings, angles=dials, scope=scope, **parameters)  # type: ignore[arg-type]
+    llm = SteeredLlama(
+        path,
+        steering=steerings,
+        angles=dials,
+        scope=cast("Scope", scope),
+        engine=cast("EngineName", engine),
+        **parameters,
+    )
     note_plain_template(llm.chat_template.is_plain)
     return llm
 

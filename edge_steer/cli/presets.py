@@ -37,7 +37,10 @@ def _examples(preset: PromptSet) -> dict[str, Any]:
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def presets(name: str | None, as_json: bool) -> None:
-    """List the presets, or show the preset NAME with three of its prompt pairs and probes."""
+    """List the presets, or show one.
+
+    With NAME: that preset, with three of its prompt pairs and probes.
+    """
     if name is None:
         rows = [_row(load_preset(each)) for each in preset_names()]
         if as_json:

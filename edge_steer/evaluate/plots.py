@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_steer.errors import SteerError
+from edge_steer.sites import KINDS
 from edge_steer.steering import Steering
 from edge_steer.whole_file import whole_file
 
@@ -27,7 +28,7 @@ def layer_map(steerings: Sequence[Steering], path: Path, *, force: bool = False)
     figure = Figure(figsize=(1 + 6 * len(steerings), 6), layout="constrained")
     axes = figure.subplots(2, len(steerings), sharex="col", squeeze=False)
     for (above, below), steering in zip(axes.T, steerings, strict=True):
-        kinds = list(dict.fromkeys(site.kind for site in steering.sites))
+        kinds = [kind for kind in KINDS if any(site.kind == kind for site in steering.sites)]
         for number, kind in enumerate(kinds):
             at = [i for i, site in enumerate(steering.sites) if site.kind == kind]
             layers = [steering.sites[i].layer for i in at]
@@ -52,10 +53,12 @@ def layer_map(steerings: Sequence[Steering], path: Path, *, force: bool = False)
             Line2D([], [], color=f"C{number}", marker=_MARKERS[number % len(_MARKERS)], label=kind)
             for number, kind in enumerate(kinds)
         ]
-        hollow = {"marker": "o", "markerfacecolor": "white", "linestyle": "none"}
-        handles.append(Line2D([], [], color="grey", label="not steered", **hollow))
+        handles.append(
+            Line2D([], [], color="grey", label="not steered", marker="o", markerfacecolor="white", linestyle="none")
+        )
         above.legend(handles=handles, frameon=False, fontsize="small")
         for axis in (above, below):
+            axis.margins(y=0.1)
             axis.set_ylim(bottom=0)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.2)

@@ -43,7 +43,7 @@ def examine_build() -> dict[str, Any]:
 def examine_model(model_path: str, **llama: Any) -> dict[str, Any]:
     """Load a model, evaluate one token, and say which of its sites came by and with what norm."""
     file = read_model(model_path)
-    llm = SteeredLlama(model_path, **llama)
+    llm = SteeredLlama(model_path, steering=(), **llama)
     record = Record.zeros(len(llm.hook_sites), file.embedding_length)
     llm.observe(llm.tokenize(b"Hello", add_bos=True)[:4], record)
     expected = Counter(site.kind for site in llm.hook_sites)

@@ -96,6 +96,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._generating = self._answering = False
 
         llama.setdefault("verbose", False)
+        # llama.cpp rounds the context up to a multiple of 256; llama-cpp-python's own arrays must be as long.
+        llama["n_ctx"] = -(-llama.get("n_ctx", 512) // 256) * 256
         try:
             super().__init__(str(model_path), **llama)
         except (ValueError, TemplateError) as error:
@@ -300,6 +302,9 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._generating, self._answering = True, False
         try:
             yield from super().generate(tokens, *args, **kwargs)
+        except (Exception, KeyboardInterrupt):
+            self._requires_eval = True  # a decode may have ended without being noted
+            raise
         finally:
             self._generating = self._answering = False
 

@@ -57,7 +57,7 @@ class Repl:
             except SteerError as error:
                 self.note(f"Error: {error}")
             except KeyboardInterrupt:
-                self.note("\nstopped")
+                self.note("stopped")
 
     def do(self, line: str) -> None:
         """One line."""
@@ -92,6 +92,8 @@ class Repl:
             except KeyboardInterrupt:
                 if begun:
                     self.say("\n")
+                else:
+                    self.note("")  # the terminal shows ^C where the answer would stand
                 raise
 
     def _angle(self, rest: str) -> None:

@@ -1,0 +1,105 @@
+"""`edge-steer verify`: the engines against each other on one model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_steer.cli import options
+
+if TYPE_CHECKING:
+    from edge_steer.evaluate.verify import Comparison, Verification
+
+
+@click.command()
+@options.model_option
+@click.option(
+    "-s",
+    "--steering",
+    multiple=True,
+    metavar="FILE[:ANGLE]",
+    help="A steering file, with its angle; repeats.  [default: what the model's file embeds]",
+)
+@click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering.")
+@click.option("--hf", type=click.Path(), metavar="DIR", help="Hugging Face directory of the same model; needs torch.")
+@click.option("--tokens", type=click.IntRange(1, 4096), default=256, show_default=True, help="Length of the text.")
+@click.option(
+    "--gpu-layers", type=click.IntRange(-1), default=0, show_default=True, help="Layers on a GPU; -1 for all."
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]")
+@options.json_option
+def verify(
+    model: str,
+    steering: tuple[str, ...],
+    angle: float | None,
+    hf: str | None,
+    tokens: int,
+    gpu_layers: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare hook, adapter, baked weights and transformers on one model and angle.
+
+    Exits with 1 where two of them are further apart than their tolerance. Baked models are written to the temporary
+    folder (TMPDIR), one at a time.
+
+    \b
+    edge-steer verify -m smollm2-135m -s happy.gguf:8
+    edge-steer verify -m model.gguf -s happy.gguf:8 --hf model/ --json
+    """
+    from edge_steer.cli.progress import bar
+    from edge_steer.errors import SteerError
+    from edge_steer.evaluate.verify import verify as compare
+    from edge_steer.runtime.dials import named_steerings
+
+    path, parameters = options.run_parameters(model, ctx=None, gpu_layers=gpu_layers, threads=threads, seed=0)
+    steerings, dials = named_steerings(steering or (path,), angle=angle)
+    dialled = [(each, dials[each.name]) for each in steerings]
+    found = compare(path, dialled, hf=hf, tokens=tokens, progress=bar, **parameters)
+    if as_json:
+        click.echo(json.dumps(_record(path, dials, found), ensure_ascii=False, indent=2))
+    else:
+        _print(path, dials, found)
+    for line in found.notes:
+        options.note(line)
+    if failed := [each for each in found.comparisons if not each.passed]:
+        raise SteerError("; ".join(map(_failure, failed)))
+
+
+def _record(path: str, dials: dict[str, float | None], found: Verification) -> dict[str, Any]:
+    pairs = [{**asdict(each), "passed": each.passed} for each in found.comparisons]
+    return {"model": path, "angles": dials, **asdict(found), "comparisons": pairs, "passed": found.passed}
+
+
+def _failure(pair: Comparison) -> str:
+    logits = (
+        "" if pair.limit.logits is None else f", logits {pair.steered.logits:.1e} (at most {pair.limit.logits:.1e})"
+    )
+    return f"{pair.one} and {pair.other} differ: KL {pair.steered.kl:.1e} (at most {pair.limit.kl:.1e}){logits}"
+
+
+def _print(path: str, dials: dict[str, float | None], found: Verification) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("compared")
+    for title in ("KL", "at most", "unsteered", "logits", "top-1", ""):
+        table.add_column(title, justify="right", no_wrap=True)
+    effect = found.effect
+    table.add_row("unsteered, hook", f"{effect.kl:.1e}", "", "", f"{effect.logits:.1e}", f"{effect.top1:.1%}", "")
+    for pair in found.comparisons:
+        there = pair.unsteered
+        table.add_row(
+            f"{pair.one}, {pair.other}", f"{pair.steered.kl:.1e}", f"{pair.limit.kl:.1e}",
+            f"{there.kl:.1e}" if there else "–", f"{pair.steered.logits:.1e}", f"{pair.steered.top1:.1%}",
+            "ok" if pair.passed else "FAR",
+        )  # fmt: skip
+    named = ", ".join(f"{name} at {dial:g}" for name, dial in dials.items() if dial is not None)
+    click.echo(f"{named}; {path} ({found.weights}); {found.tokens} tokens")
+    Console().print(table)
+    if lost := ", ".join(f"{kind} {error:.1e}" for kind, error in found.rounding.items() if error):
+        click.echo(f"second rounding of the baked weights, relative: {lost}")

@@ -1,0 +1,110 @@
+"""Every engine that can do a steering, on the same text.
+
+All have a float32 key/value cache, so that they differ by what they do and not by what a cache rounds.
+Letters: n tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_steer.contrast import neutral_passages
+from edge_steer.errors import MismatchError
+from edge_steer.export.baked import bake_gguf
+from edge_steer.export.readers import Dialled
+from edge_steer.model_file import ModelFile
+from edge_steer.runtime.engines import EngineName
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.torch_hooks import steered
+from edge_steer.steering import Steering
+
+Logits = NDArray[np.float32]
+
+
+def neutral_tokens(model: ModelFile, count: int) -> list[int]:
+    """The first `count` tokens of the neutral passages, for this model."""
+    with closing(llama_cpp.Llama(str(model.path), vocab_only=True, verbose=False)) as llm:
+        return list(llm.tokenize("\n\n".join(neutral_passages()).encode(), add_bos=True, special=False))[:count]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is run and on what: a GGUF, a text of n + 1 tokens, parameters of llama_cpp.Llama.
+
+    folder: for baked models, one at a time, and for logits: those of a large vocabulary are too much for memory.
+    """
+
+    model: ModelFile
+    text: Sequence[int]
+    folder: Path
+    llama: dict[str, Any]
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def run(self, engine: EngineName, on: Sequence[Dialled], path: Path | None = None) -> Logits:
+        """Logits (n, V) of the model, or of that at `path`, with the steerings `on` by the hook or as an adapter."""
+        dials = {steering.name: dial for steering, dial in on}
+        exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        with closing(
+            SteeredLlama(
+                path or self.model.path,
+                steering=[steering for steering, _ in on],
+                angles=dials,
+                engine=engine,
+                **{**self.llama, **exact, "n_ctx": -(-len(self.text) // 256) * 256},
+            )
+        ) as llm:
+            return self._keep(llm.logits(self.text, 1))
+
+    def run_baked(self, on: Sequence[Dialled], steered_type: str | None = None) -> tuple[Logits, dict[str, float]]:
+        """Logits with the steerings folded into the weights, and what writing those in their types cost, relative."""
+        path = self.folder / "baked.gguf"
+        baked = bake_gguf(self.model.path, path, on, steered_type=steered_type)
+        try:
+            return self.run("hook", (), path), baked.rounding
+        finally:
+            path.unlink()
+
+    def run_torch(self, hf: str | Path, on: Sequence[Dialled]) -> Iterator[Logits]:
+        """Logits of the transformers model in the directory `hf`, in float32 on the CPU: steered, then unsteered."""
+        from edge_steer.calibrate.torch_recorder import TorchRecorder
+
+        model = TorchRecorder.load(hf, device="cpu", dtype="float32").model
+        import torch
+
+        if max(self.text) >= model.get_input_embeddings().num_embeddings:
+            raise MismatchError(f"expected the model of {self.model.path} in {hf}, got one with fewer tokens")
+        ids = torch.tensor([list(self.text[:-1])])
+        for dialled in (on, ()):
+            with torch.inference_mode(), steered(model, dialled):
+                logits = model(ids).logits[0].numpy()
+            yield self._keep(logits)
+
+    def _keep(self, logits: Logits) -> Logits:
+        path = self.folder / f"{next(self._numbers)}.npy"
+        np.save(path, logits)
+        return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def identity(on: Sequence[Dialled]) -> Dialled:
+    """A whole turn at all sites of `on`: baked, it leaves every weight as it is, in the type asked for."""
+    sites = sorted({site for steering, _ in on for site in steering.steered})
+    base = on[0][0].base
+    return Steering(
+        name="identity",
+        operator="selective",
+        plane="global",
+        sites=tuple(sites),
+        mask=np.ones(len(sites), np.bool_),
+        site_plane=np.zeros(len(sites), np.uint32),
+        basis=np.eye(2, base.embedding_length, dtype=np.float32)[None],
+        base=base,
+    ), 360.0

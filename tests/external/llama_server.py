@@ -1,0 +1,150 @@
+"""The adapter pair on an unmodified llama-server against the hook: next-token probabilities at several angles, chosen
+by each request's `lora` field.
+
+    python tests/external/llama_server.py --server PATH/TO/llama-server
+    python tests/external/llama_server.py --build            # compiles one from llama-cpp-python's own source first
+
+Not part of the test run: compiling llama-server takes many minutes. Exits 1 where a probability differs by more than
+the tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import llama_cpp
+import numpy as np
+
+from edge_steer import SteeredLlama
+from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.contrast import load_preset
+from edge_steer.evaluate.metrics import log_softmax
+from edge_steer.export.lora import export_pair
+from edge_steer.registry import resolve
+from edge_steer.rotation import cos_sin
+from edge_steer.runtime.native import LLAMA_CPP_PYTHON
+
+PROMPT = "The weather today was"
+TOP = 5
+
+
+def build(folder: Path) -> Path:
+    """llama-server, compiled from the source inside llama-cpp-python's source distribution."""
+    wanted = f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
+    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder), wanted]
+    subprocess.run(fetch, check=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.glob("*/vendor/llama.cpp")
+    output = folder / "build"
+    options = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DLLAMA_CURL=OFF",
+        "-DLLAMA_BUILD_TESTS=OFF",
+        "-DLLAMA_BUILD_EXAMPLES=OFF",
+    ]
+    subprocess.run(["cmake", "-S", str(source), "-B", str(output), *options], check=True)
+    subprocess.run(["cmake", "--build", str(output), "--target", "llama-server", "-j"], check=True)
+    return output / "bin" / "llama-server"
+
+
+@contextmanager
+def running(server: Path, model: Path, pair: tuple[Path, Path]) -> Iterator[str]:
+    """An unmodified server on the loopback address with the pair loaded at scale 0; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    scaled = ",".join(f"{path}:0" for path in pair)
+    arguments = ["-m", str(model), "--lora-scaled", scaled, "--host", "127.0.0.1", "--port", str(port), "-c", "512"]
+    exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", "2", "--no-warmup", "-np", "1"]
+    process = subprocess.Popen([str(server), *arguments, *exact], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            time.sleep(0.5)
+            if process.poll() is not None:
+                raise click.ClickException(f"the server ended with code {process.returncode}")
+            try:
+                ask(f"{address}/health")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                continue
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(address: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+@click.command()
+@click.option("--server", type=click.Path(path_type=Path), help="An unmodified llama-server.")
+@click.option("--build", "compile_it", is_flag=True, help="Compile one.")
+@click.option("--angles", default="0,8,45,-90", show_default=True)
+@click.option("--tolerance", default=0.02, show_default=True, help="In log-probability, on F32 weights.")
+def main(server: Path | None, compile_it: bool, angles: str, tolerance: float) -> None:
+    """Compare SmolLM2-135M as F32 with the sentiment preset."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if server is None:
+            if not compile_it:
+                raise click.UsageError("expected --server PATH or --build")
+            server = build(folder)
+        model = folder / "f32.gguf"
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype, parameters.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+        source = str(resolve("smollm2-135m", fetch=True)).encode()
+        if llama_cpp.llama_model_quantize(source, str(model).encode(), parameters):
+            raise click.ClickException("llama.cpp could not write the model as F32")
+        steering = calibrate(NativeRecorder(model, n_ctx=512), load_preset("sentiment"), name="happy")
+        cos, sin, _ = export_pair(model, folder / "happy", steering)
+        f32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        llm = SteeredLlama(model, steering=steering, angle=None, n_ctx=512, n_threads=2, **f32)
+        tokens = list(llm.tokenize(PROMPT.encode(), add_bos=True))
+        worst = 0.0
+        with running(server, model, (cos, sin)) as address:
+            for angle in map(float, angles.split(",")):
+                llm.angle = angle
+                expected = log_softmax(llm.logits([*tokens, 0], len(tokens)))[0]
+                c, s = cos_sin(angle)
+                reply = ask(
+                    f"{address}/completion",
+                    {
+                        "prompt": tokens, "n_predict": 1, "temperature": 0.0, "n_probs": TOP, "cache_prompt": False,
+                        "lora": [{"id": 0, "scale": c - 1}, {"id": 1, "scale": s}],
+                    },
+                )  # fmt: skip
+                found = reply["completion_probabilities"][0]["top_logprobs"]
+                differences = [abs(each["logprob"] - float(expected[each["id"]])) for each in found]
+                same = {each["id"] for each in found} == set(np.argsort(expected)[-TOP:].tolist())
+                worst = max(worst, *differences)
+                print(
+                    f"{angle:+6g}°  largest difference of the top {TOP} log-probabilities {max(differences):.1e}, "
+                    f"{'same' if same else 'other'} tokens; first: {found[0]['token']!r} {found[0]['logprob']:.3f}"
+                )
+    print(f"largest difference {worst:.1e}, tolerance {tolerance:g}")
+    sys.exit(worst > tolerance)
+
+
+if __name__ == "__main__":
+    main()
