@@ -20,6 +20,7 @@ from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.sums import ClassSums
 from edge_steer.contrast import Probe, Prompt, load_preset, neutral_passages, preset_names
+from edge_steer.errors import SteerError
 from edge_steer.evaluate.metrics import probe_gaps, text_log_probabilities
 from edge_steer.registry import resolve
 from edge_steer.runtime.llama import SteeredLlama
@@ -72,7 +73,11 @@ def main(models: str, presets: str, angles: str, passages: int, threads: int) ->
             prompts = load_preset(name)
             remembered = Remembered(recorder)
             for plane, mask in VARIANTS:
-                steering = calibrate(remembered, prompts, plane=plane, mask=mask)
+                try:
+                    steering = calibrate(remembered, prompts, plane=plane, mask=mask)
+                except SteerError:  # the mask is empty: this preset has no such steering on this model
+                    print(f"| {name} | {plane}, {mask} | 0 | " + " | ".join("–" for _ in dials) + " |", flush=True)
+                    continue
                 llm = SteeredLlama(path, steering=steering, angle=None, **run)
                 gap, cost = measured(llm, prompts.probes, neutral, None)
                 cells = []
