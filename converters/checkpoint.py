@@ -25,7 +25,7 @@ _CHUNK = 1 << 22  # elements turned to float32 at a time
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that still lies on disk. `parts` of one shape are stacked along a new first axis where there are several.
+    """A tensor that still lies on disk. Several `parts`, all of one shape, are stacked along a new first axis.
 
     parts:  memory maps; uint16 holds bfloat16. offset: added to every element.
     """
@@ -169,7 +169,9 @@ def read_weights(directory: Path) -> dict[str, Weight]:
         found |= _shard(directory / file)
     missing = [name for name in shards if name not in found]
     if missing:
-        raise FormatError(f"{index}: says that {shards[missing[0]]} holds {missing[0]}, it does not; download both again")
+        raise FormatError(
+            f"{index}: says that {shards[missing[0]]} holds {missing[0]}, it does not; download both again"
+        )
     return found
 
 
@@ -195,6 +197,8 @@ def _shard(path: Path) -> dict[str, Weight]:
             continue
         start, stop = (8 + length + offset for offset in info["data_offsets"])
         if info["dtype"] not in _DTYPES:
-            raise FormatError(f"{path}: expected {name} as {', '.join(_DTYPES)}, got {info['dtype']}; dequantize it first")
+            raise FormatError(
+                f"{path}: expected {name} as {', '.join(_DTYPES)}, got {info['dtype']}; dequantize it first"
+            )
         found[name] = Weight((data[start:stop].view(_DTYPES[info["dtype"]]).reshape(info["shape"]),))
     return found

@@ -89,10 +89,11 @@ def dense_shapes(config: Config) -> Shapes:
 
 
 def neighbours(weight: Weight, heads: int) -> Weight:
-    """The rows of each head so that the two that turn together are neighbours; transformers has them half a head apart."""
+    """Each head's rows so that two that turn together are neighbours; transformers has them half a head apart."""
 
     def order(part: NDArray[Any]) -> NDArray[Any]:
-        return part.reshape(heads, 2, -1, *part.shape[1:]).swapaxes(1, 2).reshape(part.shape)
+        ordered: NDArray[Any] = part.reshape(heads, 2, -1, *part.shape[1:]).swapaxes(1, 2).reshape(part.shape)
+        return ordered
 
     return weight.rearranged(order)
 
@@ -100,9 +101,13 @@ def neighbours(weight: Weight, heads: int) -> Weight:
 def note_window(config: Config) -> str | None:
     """What to tell of a model with a sliding window in an architecture that llama.cpp runs without."""
     window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window", True) is False or window >= config.integer("max_position_embeddings"):
+    if (
+        not window
+        or config.get("use_sliding_window", True) is False
+        or window >= config.integer("max_position_embeddings")
+    ):
         return None
-    return f"llama.cpp runs this family without its sliding window: past {window} tokens its answers differ from transformers'"
+    return f"llama.cpp runs this family without its sliding window: past {window} tokens its answers are others"
 
 
 # --- rotary embeddings ----------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def rope_width(config: Config) -> int:
 
 
 def rope(config: Config) -> tuple[Keys, dict[str, Array]]:
-    """GGUF keys and tensors for the rotary embeddings. Raises SteerError for a scaling that llama.cpp has no form of."""
+    """GGUF keys and tensors for the rotary embeddings. Raises SteerError for a scaling that has no form there."""
     given = rope_parameters(config)
     kind = given["rope_type"]
 

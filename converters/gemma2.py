@@ -35,7 +35,7 @@ def sliding(config: Config, every: int) -> Keys:
 
 
 def check_scale(config: Config, largest: int) -> None:
-    """llama.cpp scales queries by the head width, in the largest model by d/H; transformers by query_pre_attn_scalar."""
+    """llama.cpp scales queries by the head width or, in the largest model, d/H; transformers by a value of its own."""
     layers, heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
     scale = config.integer("hidden_size") // heads if layers == largest else config.head_width
     if config.number("query_pre_attn_scalar") != scale:

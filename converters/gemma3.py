@@ -18,11 +18,16 @@ def _shapes(config: Config) -> Shapes:
 def _local_base(config: Config) -> float:
     """Rotary base of the sliding blocks, where transformers 5 keeps it or where older files do."""
     local = config.mapping("rope_parameters").get("sliding_attention") or {}
-    return positive(config.path, "rope base of sliding layers", local.get("rope_theta", config.get("rope_local_base_freq")))
+    return positive(
+        config.path, "rope base of sliding layers", local.get("rope_theta", config.get("rope_local_base_freq"))
+    )
 
 
 def _keys(config: Config) -> Keys:
-    keys: Keys = {**sliding(config, config.integer("sliding_window_pattern")), "rope.freq_base_swa": _local_base(config)}
+    keys: Keys = {
+        **sliding(config, config.integer("sliding_window_pattern")),
+        "rope.freq_base_swa": _local_base(config),
+    }
     cap = config.get("final_logit_softcapping")
     return {**keys, "final_logit_softcapping": float(cap)} if cap else keys
 

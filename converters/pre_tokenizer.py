@@ -16,16 +16,21 @@ _CONTRACTIONS = ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", "(
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TAIL_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{end}|" + r"[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{end}|"
-)
+
+
+def _cased(end: str) -> str:
+    """Words told apart where capitals begin, each with `end` behind it."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return f"{start}{_UPPER}*{_LOWER}+{end}|{start}{_UPPER}+{_LOWER}*{end}|"
+
+
 # Pattern of the Split before a ByteLevel without its own → name where whole words are looked up before merging
 # (`ignore_merges`), and where they are not.
 _PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: ("llama-bpe", "dbrx"),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: (None, "qwen2"),
-    _CASED.format(end="") + r"\p{N}" + _TAIL_SLASH: ("tekken", None),
-    _CASED.format(end="(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"\p{N}{1,3}" + _TAIL_SLASH: (None, "gpt-4o"),
+    _CONTRACTIONS[1] + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: ("llama-bpe", "dbrx"),
+    _CONTRACTIONS[1] + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: (None, "qwen2"),
+    _cased("") + r"\p{N}" + _TAIL_SLASH: ("tekken", None),
+    _cased(_CONTRACTIONS[1] + "?") + r"\p{N}{1,3}" + _TAIL_SLASH: (None, "gpt-4o"),
 }
 
 
@@ -67,12 +72,32 @@ def _keeps_matches(step: Mapping[str, Any]) -> bool:
     return step.get("type") == "Split" and way in (("Isolated", False), ("Removed", True))
 
 
-def named(tokenizer: Mapping[str, Any], given: str | None) -> str:
-    """`given`, or what `recognise` finds. Raises SteerError where it finds nothing."""
-    found = given or recognise(tokenizer)
+def named(tokenizer: Mapping[str, Any], given: str | None) -> tuple[str, dict[str, Any] | None]:
+    """`given`, or what `recognise` finds; and the `pre_tokenizer` section that stands for it where `given` overrides
+    another name that the file itself goes by. Raises SteerError where there is no name."""
+    found = recognise(tokenizer)
+    if given is not None:
+        return given, None if found in (None, given) else _section(given)
     if found is None:
         raise SteerError(
             "this tokenizer.json splits text in a way that is not known here; if llama.cpp knows it by a name, give it "
             "with --pre NAME (llama-bpe, qwen2, smollm, gpt-2, …; tokenizations are compared afterwards)"
         )
-    return found
+    return found, None
+
+
+def _section(name: str) -> dict[str, Any] | None:
+    """The `pre_tokenizer` section that `recognise` calls `name`; None for names that it does not know."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    before: dict[str, Any]
+    if name == "gpt-2":
+        return byte_level
+    if name == "smollm":
+        before = {"type": "Digits", "individual_digits": True}
+    else:
+        regex = next((regex for regex, names in _PATTERNS.items() if name in names), None)
+        if regex is None:
+            return None
+        before = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        byte_level["use_regex"] = False
+    return {"type": "Sequence", "pretokenizers": [before, byte_level]}

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense and with experts: Llama with biases on queries, keys and values, halves of a head turned together."""
+"""Qwen2 and Qwen2.5, dense and with experts: biases on queries, keys and values, and heads as transformers has them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,17 @@ def _vector(config: Config, name: str, weight: Weight) -> Weight:
 def _check(config: Config) -> None:
     """llama.cpp runs every block with experts and does not rescale the chosen ones' shares."""
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1 or config.get("norm_topk_prob"):
-        raise SteerError(f"{config.path}: dense blocks among experts and norm_topk_prob are not known here; {OTHER_WAY}")
+        raise SteerError(
+            f"{config.path}: dense blocks among experts and norm_topk_prob are not known here; {OTHER_WAY}"
+        )
 
 
-_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False, "use_sliding_window": False}
+_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
 QWEN2 = Family("qwen2", dense_shapes, biases=("attn_q", "attn_k", "attn_v"), defaults=_DEFAULTS)
 QWEN2_MOE = Family(
     "qwen2moe", _expert_shapes, _expert_keys, biases=("attn_q", "attn_k", "attn_v"), form=_vector, check=_check,

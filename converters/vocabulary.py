@@ -6,7 +6,9 @@ Letters: V rows of the embedding, which is how many tokens the GGUF must have.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,8 @@ class Vocabulary:
     """What GGUF says about a tokenizer.
 
     model: `gpt2` or `llama`. tokens, types: (V,). scores: (V,) for `llama`, empty for `gpt2`. space_first: a space is
-    put before the text. special: ids, what is added to a text, chat template, and for `gpt2` merges.
+    put before the text. special: ids, what is added to a text, chat template, and for `gpt2` merges. described: the
+    tokenizer.json it was made from, with the pre-tokenizer that was asked for in place of its own.
     """
 
     model: str
@@ -39,7 +42,7 @@ class Vocabulary:
     scores: tuple[float, ...]
     space_first: bool
     special: SpecialVocab
-    path: Path
+    described: Mapping[str, Any]
 
     @property
     def sha256(self) -> str:
@@ -76,13 +79,20 @@ def read_vocabulary(directory: Path, size: int, pre: str | None) -> Vocabulary:
     model = tokenizer.get("model")
     if not isinstance(model, Mapping) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), Mapping):
         kind = model.get("type") if isinstance(model, Mapping) else model
-        raise SteerError(f"{path}: expected a BPE tokenizer with its vocabulary, got {kind!r}; use llama.cpp's own converter")
+        raise SteerError(
+            f"{path}: expected a BPE tokenizer with its vocabulary, got {kind!r}; use llama.cpp's own converter"
+        )
     tokens, types = _tokens(path, tokenizer, model["vocab"], size)
     pieces = bool(model.get("byte_fallback"))
     special = _special(directory, path, size, with_merges=not pieces)
     if not pieces:
-        kind = pre_tokenizer.named(tokenizer, pre)
-        return Vocabulary("gpt2", kind, tuple(tokens), tuple(types), (), False, special, path)
+        name, instead = pre_tokenizer.named(tokenizer, pre)
+        if instead is not None:
+            warnings.warn(
+                f"{path} itself does not split text as {name}; compared with a tokenizer that does", stacklevel=3
+            )
+            tokenizer = {**tokenizer, "pre_tokenizer": instead}
+        return Vocabulary("gpt2", name, tuple(tokens), tuple(types), (), False, special, tokenizer)
 
     space_first = _space_first(path, tokenizer)
     missing = [byte for byte in (f"<0x{value:02X}>" for value in range(256)) if byte not in model["vocab"]]
@@ -98,7 +108,7 @@ def read_vocabulary(directory: Path, size: int, pre: str | None) -> Vocabulary:
             tokens[number] = token.replace(_SPACE, " ")
     scores = _scores(path, model.get("merges"), tokens, types)
     _demand_unique(path, tokens)
-    return Vocabulary("llama", pre or "default", tuple(tokens), tuple(types), scores, space_first, special, path)
+    return Vocabulary("llama", pre or "default", tuple(tokens), tuple(types), scores, space_first, special, tokenizer)
 
 
 def _tokens(
@@ -142,6 +152,7 @@ def _special(directory: Path, path: Path, size: int, with_merges: bool) -> Speci
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (directory / name).is_file():
             read_json(directory / name)  # gguf's reader of these has no errors of its own
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of templates for two texts, which GGUF has not
     try:
         special = SpecialVocab(directory, load_merges=with_merges, n_vocab=size)
         ids = Tokenizer.from_file(str(path)).encode("x", add_special_tokens=True).ids
@@ -155,16 +166,22 @@ def _special(directory: Path, path: Path, size: int, with_merges: bool) -> Speci
     return special
 
 
+def is_metaspace(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether spaces are handled by transformers' Metaspace, which puts none before a text that begins with one."""
+    section = tokenizer.get("pre_tokenizer")
+    return isinstance(section, Mapping) and section.get("type") == "Metaspace"
+
+
 def _space_first(path: Path, tokenizer: Mapping[str, Any]) -> bool:
     """Whether a space is put before the text. Raises SteerError for what is neither Llama-2's way nor Gemma's."""
-    normalizer, splitter = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
+    normalizer, splitter = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, Mapping) else []
     kinds = [step.get("type") for step in steps]
-    if splitter is None and kinds == ["Prepend", "Replace"]:
+    if not splitter and kinds == ["Prepend", "Replace"]:
         return True
-    if isinstance(splitter, Mapping) and splitter.get("type") == "Metaspace" and not kinds:
-        return splitter.get("prepend_scheme", "always") != "never"
-    if kinds == ["Replace"] and (splitter is None or splitter.get("type") == "Split"):
+    if is_metaspace(tokenizer) and not kinds:
+        return bool(splitter.get("prepend_scheme", "always") != "never")
+    if kinds == ["Replace"] and splitter.get("type") in (None, "Split"):
         return False
     raise SteerError(f"{path}: expected SentencePiece's handling of spaces, got another; use llama.cpp's own converter")
 
@@ -181,7 +198,7 @@ def _scores(path: Path, merges: Any, tokens: list[str], types: list[int]) -> tup
         ranks.setdefault("".join(pair), rank)
     normal = [number for number, kind in enumerate(types) if kind == TokenType.NORMAL]
     order = sorted(normal, key=lambda number: (ranks.get(tokens[number], len(merges)), number))
-    scores = [_NO_SCORE] * len(tokens)
+    scores = [0.0 if kind == TokenType.BYTE else _NO_SCORE for kind in types]
     for place, number in enumerate(order):
         scores[number] = -float(place)
     return tuple(scores)

@@ -39,13 +39,18 @@ def values(tensor: ReaderTensor) -> np.ndarray:
     return dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
 
 
-def llama_logits(path: Path, tokens: list[int], n_ctx: int = 256) -> np.ndarray:
-    llama = llama_cpp.Llama(
+def open_llama(path: Path, n_ctx: int = 256) -> llama_cpp.Llama:
+    return llama_cpp.Llama(
         str(path), n_ctx=n_ctx, n_threads=1, n_threads_batch=1, logits_all=True, flash_attn=False, verbose=False,
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
     )  # fmt: skip
+
+
+def llama_logits(model: Path | llama_cpp.Llama, tokens: list[int], n_ctx: int = 256) -> np.ndarray:
+    llama = open_llama(model, n_ctx) if isinstance(model, Path) else model
+    llama.reset()
     llama.eval(tokens)
-    return np.array(llama.scores[: len(tokens)], np.float64)
+    return np.array(llama.scores[: len(tokens)])
 
 
 def divergence(expected: np.ndarray, found: np.ndarray) -> float:

@@ -12,14 +12,14 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-from directories import divergence, llama_logits, tensors, values  # noqa: E402
+from directories import divergence, llama_logits, open_llama, tensors, values  # noqa: E402
 
 from edge_steer.contrast import neutral_passages  # noqa: E402
 from edge_steer.converters.convert import convert  # noqa: E402
 from edge_steer.converters.same_tokens import TEXT  # noqa: E402
 from edge_steer.gguf_metadata import read_gguf  # noqa: E402
 
-WINDOW = 256  # so that a vocabulary's logits fit into memory
+WINDOW = 128  # so that a vocabulary's logits fit into memory
 VOCABULARY = ("model", "tokens", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
 
 
@@ -46,12 +46,12 @@ def kl_to_transformers(directory: Path, gguf: Path, count: int) -> float:
     text = "\n".join((*neutral_passages(), *TEXT))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     tokens = (tokens * (count // len(tokens) + 1))[:count]
-    found = []
+    llama, found = open_llama(gguf, WINDOW), []
     for start in range(0, count, WINDOW):
         window = tokens[start : start + WINDOW]
         with torch.inference_mode():
             expected = model(torch.tensor([window])).logits[0].numpy()
-        found.append(divergence(expected, llama_logits(gguf, window, WINDOW)) * len(window))
+        found.append(divergence(expected, llama_logits(llama, window)) * len(window))
     return sum(found) / count
 
 

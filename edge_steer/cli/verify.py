@@ -11,7 +11,7 @@ import click
 from edge_steer.cli import options
 
 if TYPE_CHECKING:
-    from edge_steer.evaluate.verify import Comparison, Verification
+    from edge_steer.evaluate.verify import Comparison, Distance, Verification
 
 
 @click.command()
@@ -65,8 +65,13 @@ def verify(
         _print(path, dials, found)
     for line in found.notes:
         options.note(line)
-    if failed := [each for each in found.comparisons if not each.passed]:
-        raise SteerError("; ".join(map(_failure, failed)))
+    if failed := sorted((each for each in found.comparisons if not each.passed), key=_excess, reverse=True):
+        more = f"; and {len(failed) - 1} more pairs" if len(failed) > 1 else ""
+        raise SteerError(_failure(failed[0]) + more)
+
+
+def _excess(pair: Comparison) -> float:
+    return pair.steered.kl / max(pair.limit.kl, 1e-300)
 
 
 def _record(path: str, dials: dict[str, float | None], found: Verification) -> dict[str, Any]:
@@ -85,21 +90,29 @@ def _print(path: str, dials: dict[str, float | None], found: Verification) -> No
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("compared")
-    for title in ("KL", "at most", "unsteered", "logits", "top-1", ""):
-        table.add_column(title, justify="right", no_wrap=True)
-    effect = found.effect
-    table.add_row("unsteered, hook", f"{effect.kl:.1e}", "", "", f"{effect.logits:.1e}", f"{effect.top1:.1%}", "")
-    for pair in found.comparisons:
-        there = pair.unsteered
-        table.add_row(
-            f"{pair.one}, {pair.other}", f"{pair.steered.kl:.1e}", f"{pair.limit.kl:.1e}",
-            f"{there.kl:.1e}" if there else "–", f"{pair.steered.logits:.1e}", f"{pair.steered.top1:.1%}",
-            "ok" if pair.passed else "FAR",
-        )  # fmt: skip
+    def table(*titles: str) -> Table:
+        made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for number, title in enumerate(titles):
+            made.add_column(
+                title, justify="right" if number else "left", no_wrap=bool(number), min_width=17 * (not number)
+            )
+        return made
+
     named = ", ".join(f"{name} at {dial:g}" for name, dial in dials.items() if dial is not None)
-    click.echo(f"{named}; {path} ({found.weights}); {found.tokens} tokens")
-    Console().print(table)
+    click.echo(f"{named}; {path} ({found.weights}); {found.tokens} tokens\n")
+    effects = table("what it changes", "KL", "logits", "top-1", "of the hook's")
+    for engine, effect in found.effects.items():
+        effects.add_row(engine, *_numbers(effect.changed), f"{effect.kept:.0%}")
+    pairs = table("compared", "KL", "logits", "top-1", "KL at most", "unsteered", "")
+    for pair in found.comparisons:
+        unsteered = f"{pair.unsteered.kl:.1e}" if pair.unsteered else "–"
+        verdict = "ok" if pair.passed else "FAR"
+        pairs.add_row(f"{pair.one}, {pair.other}", *_numbers(pair.steered), f"{pair.limit.kl:.1e}", unsteered, verdict)
+    console = Console()
+    console.print(effects, "", pairs, sep="\n")
     if lost := ", ".join(f"{kind} {error:.1e}" for kind, error in found.rounding.items() if error):
-        click.echo(f"second rounding of the baked weights, relative: {lost}")
+        click.echo(f"\nwriting the baked weights in their own types cost, relative: {lost}")
+
+
+def _numbers(found: Distance) -> tuple[str, str, str]:
+    return f"{found.kl:.1e}", f"{found.logits:.1e}", f"{found.top1:.1%}"

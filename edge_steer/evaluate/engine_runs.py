@@ -30,10 +30,16 @@ from edge_steer.steering import Steering
 Logits = NDArray[np.float32]
 
 
-def neutral_tokens(model: ModelFile, count: int) -> list[int]:
-    """The first `count` tokens of the neutral passages, for this model."""
-    with closing(llama_cpp.Llama(str(model.path), vocab_only=True, verbose=False)) as llm:
-        return list(llm.tokenize("\n\n".join(neutral_passages()).encode(), add_bos=True, special=False))[:count]
+@dataclass(frozen=True)
+class Baked:
+    """Logits (n, V) of a model with steerings in its weights. back: with the hook undoing them, where that was asked.
+
+    rounding: what writing the weights in their types cost, by type, relative.
+    """
+
+    logits: Logits
+    back: Logits | None
+    rounding: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,14 @@ class Bench:
     folder: Path
     llama: dict[str, Any]
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @classmethod
+    def open(cls, model: ModelFile, count: int, folder: Path, llama: dict[str, Any]) -> Bench:
+        """A bench whose text is the first `count` tokens of the neutral passages, and one more."""
+        with closing(SteeredLlama(model.path, steering=(), **{**llama, "n_ctx": 256})) as llm:
+            text = "\n\n".join(neutral_passages())
+            tokens = list(llm.tokenize(text.encode(), add_bos=True, special=False))
+        return cls(model, tokens[: min(count + 1, model.context_length)], folder, llama)
 
     def run(self, engine: EngineName, on: Sequence[Dialled], path: Path | None = None) -> Logits:
         """Logits (n, V) of the model, or of that at `path`, with the steerings `on` by the hook or as an adapter."""
@@ -64,12 +78,12 @@ class Bench:
         ) as llm:
             return self._keep(llm.logits(self.text, 1))
 
-    def run_baked(self, on: Sequence[Dialled], steered_type: str | None = None) -> tuple[Logits, dict[str, float]]:
-        """Logits with the steerings folded into the weights, and what writing those in their types cost, relative."""
+    def run_baked(self, on: Sequence[Dialled], steered_type: str | None = None, back: Sequence[Dialled] = ()) -> Baked:
+        """The model with the steerings folded into its weights, also with the hook steering it `back`."""
         path = self.folder / "baked.gguf"
-        baked = bake_gguf(self.model.path, path, on, steered_type=steered_type)
+        rounding = bake_gguf(self.model.path, path, on, steered_type=steered_type).rounding
         try:
-            return self.run("hook", (), path), baked.rounding
+            return Baked(self.run("hook", (), path), self.run("hook", back, path) if back else None, rounding)
         finally:
             path.unlink()
 
@@ -92,6 +106,13 @@ class Bench:
         path = self.folder / f"{next(self._numbers)}.npy"
         np.save(path, logits)
         return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def undoing(on: Sequence[Dialled]) -> list[Dialled]:
+    """The steerings that turn back what `on` turned; none where one of them cannot be undone."""
+    if any(steering.operator != "selective" for steering, _ in on):
+        return []
+    return [(steering, -dial) for steering, dial in reversed(on) if dial is not None]
 
 
 def identity(on: Sequence[Dialled]) -> Dialled:

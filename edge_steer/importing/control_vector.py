@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp and repeng as steerings: `addition` at `layer_out`, coefficient 1 is llama.cpp's scale 1.
+"""Control vectors of llama.cpp and repeng: `addition` at `layer_out`, whose coefficient 1 is llama.cpp's scale 1.
 
 llama.cpp adds `direction.N` to the output of block N, counted from 0, before the node `l_out-N` that the hook acts on;
 block 0 has none.

@@ -54,7 +54,7 @@ def import_published(plane: Path, target: Target, name: str) -> Steering:
     if operator not in _MODES:
         raise FormatError(f"{plane}: expected the mode {', '.join(_MODES)} in config.json, got {operator!r:.80}")
     counts = [_count(metadata.get(f"{side}_samples")) for side in ("harmful", "harmless")]
-    names = {"positive": "harmful", "negative": "harmless"} if all(counts) else {}
+    positive, negative = ("harmful", "harmless") if all(counts) else ("positive", "negative")
     return Steering(
         name=name,
         operator=cast(Operator, operator),
@@ -64,6 +64,8 @@ def import_published(plane: Path, target: Target, name: str) -> Steering:
         site_plane=np.zeros(len(steered), np.uint32),
         basis=basis[None].astype(np.float32),
         base=target.base,
+        positive=positive,
+        negative=negative,
         threshold=_threshold(plane, how.get("threshold", 0.0)) if operator == "adaptive" else float("nan"),
         made=Made(
             recorder="published",
@@ -72,7 +74,6 @@ def import_published(plane: Path, target: Target, name: str) -> Steering:
             positive_count=counts[0],
             negative_count=counts[1],
         ),
-        **names,
     )
 
 
@@ -179,7 +180,7 @@ def _dict(path: Path, what: str, value: Any) -> dict[Any, Any]:
 
 
 def _kind(value: Any) -> str:
-    shape = f" of shape {str(tuple(value.shape)):.80}" if hasattr(value, "shape") else ""
+    shape = f" of shape {tuple(value.shape)!s:.80}" if hasattr(value, "shape") else ""
     return f"{type(value).__name__}{shape}" if value is not None else "nothing"
 
 
