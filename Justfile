@@ -9,6 +9,10 @@ check: lint types test
 test *args:
     {{python}} -m pytest {{args}}
 
+# The minutes-long tests on real models
+test-slow *args:
+    {{python}} -m pytest -m slow {{args}}
+
 lint:
     {{python}} -m ruff check .
     {{python}} -m ruff format --check .

@@ -55,6 +55,7 @@ def kl_to_transformers(directory: Path, gguf: Path, count: int) -> float:
     return sum(found) / count
 
 
+@pytest.mark.slow
 def test_smollm2_comes_back_as_it_was(smollm2: Path, tmp_path: Path) -> None:
     directory, out = directory_of(smollm2, tmp_path / "smollm2", torch.float32), tmp_path / "out.gguf"
     with pytest.warns(UserWarning, match="does not split text as smollm"):  # transformers loses the digits' splitting
@@ -74,6 +75,7 @@ def test_smollm2_comes_back_as_it_was(smollm2: Path, tmp_path: Path) -> None:
     assert kl <= 1e-3
 
 
+@pytest.mark.slow
 def test_gemma3_comes_back_as_it_was(gemma3: Path, tmp_path: Path) -> None:
     directory, out = directory_of(gemma3, tmp_path / "gemma3", torch.bfloat16), tmp_path / "out.gguf"
     convert(directory, out)
