@@ -14,7 +14,7 @@ from edge_steer.errors import SteerError
 
 # Kinds of site in the order in which a token meets them within one block.
 KINDS = ("attn_norm", "attn_norm_2", "attn_post_norm", "ffn_norm", "ffn_post_norm", "layer_out")
-DEFAULT_KINDS = ("attn_norm", "attn_norm_2", "ffn_norm")
+PRE_KINDS = ("attn_norm", "attn_norm_2", "ffn_norm")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Architecture:
     layers: str = "model.layers"
 
     def kinds_for(self, choice: str) -> tuple[str, ...]:
-        """Kinds meant by `--sites`: `default`, `all`, `layer_out`, or a comma-separated list of kinds."""
-        if choice == "default":
-            wanted: Sequence[str] = [kind for kind in DEFAULT_KINDS if kind in self.kinds]
+        """Kinds meant by `--sites`: `pre` (before each half), `all`, or a comma-separated list of kinds."""
+        if choice == "pre":
+            wanted: Sequence[str] = [kind for kind in PRE_KINDS if kind in self.kinds]
             wanted = wanted or [kind for kind in self.kinds if kind != "layer_out"]
         elif choice == "all":
             wanted = [kind for kind in self.kinds if kind != "layer_out"]
@@ -78,12 +78,10 @@ class Architecture:
         for kind in wanted:
             if kind not in self.kinds:
                 known = ", ".join(self.kinds)
-                raise SteerError(
-                    f"expected sites among default, all, {known} for architecture {self.name}, got {kind!r}"
-                )
+                raise SteerError(f"expected sites among pre, all, {known} for architecture {self.name}, got {kind!r}")
         return tuple(kind for kind in KINDS if kind in wanted)
 
-    def sites(self, block_count: int, choice: str = "default") -> tuple[Site, ...]:
+    def sites(self, block_count: int, choice: str = "pre") -> tuple[Site, ...]:
         """Every site of `choice` in a model of `block_count` blocks, in network order."""
         kinds = self.kinds_for(choice)
         # llama.cpp's control vectors, the form of `layer_out` that others run, know no block 0.

@@ -25,7 +25,7 @@ ANGLES = (-12.0, 8.0, 90.0, 180.0)
 Logits = NDArray[np.float32]
 
 
-def steering_for(gguf: Path, operator: Operator = "selective", sites: str = "default", **kwargs: Any) -> Steering:
+def steering_for(gguf: Path, operator: Operator = "selective", sites: str = "pre", **kwargs: Any) -> Steering:
     file = read_model(gguf)
     chosen = architecture(file.architecture).sites(file.block_count, sites)
     return random_steering(file.base, chosen, operator, **kwargs)

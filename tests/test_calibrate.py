@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from edge_steer._version import __version__
-from edge_steer.calibrate import calibrate, passes
+from edge_steer.calibrate import calibrate as calibrate_some
+from edge_steer.calibrate import chosen_sites, passes
 from edge_steer.calibrate.sums import ClassSums, Step
 from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import SteerError
 from edge_steer.rotation import TurnBy
 from edge_steer.sites import Site
-from edge_steer.steering import BaseModel
+from edge_steer.steering import BaseModel, Steering
 
 D, BLOCKS = 24, 4
 SITES = tuple(Site(layer, kind) for layer in range(BLOCKS) for kind in ("attn_norm", "ffn_norm"))
@@ -59,6 +60,11 @@ def silent(_: int) -> None:
     """No progress."""
 
 
+def calibrate(model: PlantedModel, prompts: PromptSet, **how: Any) -> Steering:
+    """As calibrate, at every site of the model."""
+    return calibrate_some(model, prompts, **{"kinds": ("attn_norm", "ffn_norm"), **how})
+
+
 def prompt_set(count: int = 10, negative: int | None = None) -> PromptSet:
     return PromptSet(
         "mood", "how it feels", "happy", "sad",
@@ -68,8 +74,34 @@ def prompt_set(count: int = 10, negative: int | None = None) -> PromptSet:
     )  # fmt: skip
 
 
+def test_local_planes_are_at_the_sites_that_attention_reads_unless_told_otherwise() -> None:
+    model, prompts = PlantedModel(), prompt_set()
+    attention = tuple(site for site in SITES if site.kind == "attn_norm")
+    assert calibrate(model, prompts, kinds=None).sites == attention
+    assert calibrate(model, prompts, kinds=None, operator="addition").sites == attention
+    assert calibrate(shared_direction(), prompts, kinds=None, plane="global").sites == SITES
+    assert calibrate(model, prompts, kinds=("ffn_norm",)).sites == tuple(sorted(set(SITES) - set(attention)))
+    # Falcon-40B's attention reads a norm of its own; a steering of the residual stream has no attention norms.
+    falcon = [Site(0, "attn_norm"), Site(0, "attn_norm_2"), Site(1, "attn_norm"), Site(1, "attn_norm_2")]
+    assert chosen_sites(falcon, "local", None).tolist() == [1, 3]
+    assert chosen_sites([Site(1, "layer_out"), Site(2, "layer_out")], "local", None).tolist() == [0, 1]
+
+
+def test_a_site_turns_its_mean_by_the_root_of_its_share_of_the_largest_class_angle() -> None:
+    model = PlantedModel(noise=0.0)
+    model.strength[:] = np.linspace(0.2, 1, len(SITES))
+    steering = calibrate(model, prompt_set())
+    assert steering.mask.all()
+    # Between the means 10·b2 ± strength·b1 lies an angle of 2·atan(strength / 10).
+    share = np.sqrt(np.arctan(model.strength / 10) / np.arctan(0.1))
+    for number, site in enumerate(SITES):
+        basis = steering.basis_at(site).astype(np.float64)
+        moved = (TurnBy(5.0)(model.mean[number], basis) - model.mean[number]) @ model.direction[number]
+        assert moved == pytest.approx(10 * share[number] * np.sin(np.deg2rad(5)), rel=1e-5)
+
+
 def test_planted_directions_come_back_with_their_signs() -> None:
-    model = PlantedModel()
+    model = PlantedModel(noise=0.0)
     steering = calibrate(model, prompt_set())
     assert (steering.operator, steering.plane, steering.name) == ("selective", "local", "mood")
     assert steering.sites == SITES
@@ -77,7 +109,7 @@ def test_planted_directions_come_back_with_their_signs() -> None:
     for number, site in enumerate(SITES):
         b1, b2 = steering.basis_at(site)
         assert b1 @ model.direction[number] > 0.99999
-        assert b2 @ model.mean[number] < -9.999
+        assert b2 @ model.mean[number] == pytest.approx(-10)
         turned = TurnBy(5.0)(model.mean[number], steering.basis_at(site).astype(np.float64))
         assert turned @ model.direction[number] == pytest.approx(10 * np.sin(np.deg2rad(5)), rel=1e-3)
 
@@ -216,9 +248,9 @@ def test_progress_counts_every_prompt_that_runs() -> None:
 
 def test_the_residual_stream_takes_addition_only() -> None:
     model = PlantedModel([Site(layer, "layer_out") for layer in range(BLOCKS)])
-    assert calibrate(model, prompt_set(), operator="addition").mask.all()
+    assert calibrate(model, prompt_set(), operator="addition", kinds=None).mask.all()
     with pytest.raises(SteerError, match="expected operator addition at layer_out sites, got selective"):
-        calibrate(model, prompt_set())
+        calibrate(model, prompt_set(), kinds=None)
 
 
 def test_what_cannot_be_calibrated_is_one_clear_line() -> None:
@@ -229,6 +261,7 @@ def test_what_cannot_be_calibrated_is_one_clear_line() -> None:
         return str(caught.value)
 
     model, prompts = PlantedModel(), prompt_set()
+    assert line(model, prompts, kinds=("layer_out",)).startswith("expected a recorded site of kind layer_out, got none")
     equal = PlantedModel()
     equal.strength[:] = 0
     one_sided = PlantedModel()

@@ -60,7 +60,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["convert", *map(str, arguments)])
 
 
-def steering_for(gguf: Path, operator: Operator = "selective", sites: str = "default", **kwargs: Any) -> Steering:
+def steering_for(gguf: Path, operator: Operator = "selective", sites: str = "pre", **kwargs: Any) -> Steering:
     file = read_model(gguf)
     chosen = architecture(file.architecture).sites(file.block_count, sites)
     return random_steering(file.base, chosen, operator, **kwargs)

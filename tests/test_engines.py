@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tiny.TinyModel
     return {family: tiny.build(family, folder) for family in tiny.FAMILIES}
 
 
-def steering_for(model: tiny.TinyModel, operator: Operator, sites: str = "default", **kwargs: object) -> Steering:
+def steering_for(model: tiny.TinyModel, operator: Operator, sites: str = "pre", **kwargs: object) -> Steering:
     file = read_model(model.gguf_path)
     chosen = architecture(file.architecture).sites(file.block_count, sites)
     return random_steering(file.base, chosen, operator, **kwargs)  # type: ignore[arg-type]

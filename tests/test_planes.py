@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge_steer.calibrate.planes import (
     best_direction,
+    class_angles,
     discriminative,
     global_plane,
     local_planes,
@@ -83,6 +84,29 @@ def test_a_local_plane_holds_its_direction_and_its_mean_and_turns_the_mean_towar
         np.testing.assert_allclose(b1, direction, atol=1e-14)
         np.testing.assert_allclose((mu @ b1) * b1 + (mu @ b2) * b2, mu, atol=1e-12)
         assert mu @ b2 < 0
+
+
+@given(seeds)
+def test_a_local_plane_with_a_share_turns_the_mean_toward_the_direction_by_that_share(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    u, mean = unit(rng.normal(size=(4, D))), 5 * rng.normal(size=(4, D))
+    share = np.array([1.0, 0.7, 0.01, 0.0])
+    planes, _ = local_planes(u, mean, share)
+    for (b1, b2), direction, mu, part in zip(planes, u, mean, share, strict=True):
+        np.testing.assert_allclose([b1 @ b1, b2 @ b2, b1 @ b2], [1, 1, 0], atol=1e-14)
+        np.testing.assert_allclose(b1, direction, atol=1e-14)
+        across = np.linalg.norm(mu - (mu @ b1) * b1)
+        assert mu @ b2 == pytest.approx(-part * across, abs=1e-9)
+
+
+def test_class_angles_are_exact_also_where_they_are_small() -> None:
+    angles = np.array([90.0, 12.0, 1e-3, 1e-6, 0.0])
+    radians = np.deg2rad(angles)
+    along, across = np.eye(3)[:2]
+    one = 3 * np.repeat(along[None], 5, axis=0)
+    other = 2 * (np.cos(radians)[:, None] * along + np.sin(radians)[:, None] * across)
+    found = class_angles(ClassSums.of(one[None]), ClassSums.of(other[None]))
+    np.testing.assert_allclose(found, angles, rtol=1e-6, atol=1e-12)
 
 
 def test_a_site_whose_mean_is_parallel_to_its_direction_has_no_local_plane() -> None:

@@ -6,7 +6,7 @@ Letters: S sites recorded, T of them kept, d model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from edge_steer.calibrate.planes import (
     MASKS,
     Mask,
     best_direction,
+    class_angles,
     discriminative,
     global_plane,
     local_planes,
@@ -27,6 +28,7 @@ from edge_steer.calibrate.planes import (
 )
 from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.errors import SteerError
+from edge_steer.sites import Site
 from edge_steer.steering import OPERATORS, PLANES, RANK, Made, Operator, Plane, Steering
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def calibrate(
     plane: Plane = "local",
     operator: Operator = "selective",
     mask: Mask | None = None,
+    kinds: Collection[str] | None = None,
     name: str | None = None,
     step: Step = _silent,
     note: Callable[[str], object] = _silent,
@@ -63,6 +66,8 @@ def calibrate(
     positive ones.
 
     mask: None is `all`, as measured best, but `layer` for the global plane, as published with `selective`.
+    kinds: of the recorded sites, those to calibrate. None: with local planes those that attention reads, as measured
+    best, where there are any; with the global plane all, as published.
     name: None is the name of the prompts. step: called with k after every k further prompts, `passes(prompts)` in all.
     note: called with a line for each site that is left out.
     Raises SteerError where there is nothing to turn: no prompts, equal classes, no plane, an empty mask.
@@ -78,27 +83,32 @@ def calibrate(
     if mask is None:
         mask = "layer" if plane == "global" and operator not in ("standard", "adaptive") else "all"
 
-    positive = recorder.sums(prompts.positive, step)
-    negative = recorder.sums(prompts.negative, step)
-    found = directions(recorder.sites, positive, negative)
+    chosen = chosen_sites(recorder.sites, plane, kinds)
+    recorded = tuple(recorder.sites[number] for number in chosen)
+    positive = recorder.sums(prompts.positive, step).at(chosen)
+    negative = recorder.sums(prompts.negative, step).at(chosen)
+    found = directions(recorded, positive, negative)
     kept, unit = found.kept, found.unit
-    for number in sorted(set(range(len(recorder.sites))) - set(kept.tolist())):
-        note(f"{recorder.sites[number]} is left out: both classes have the same mean activation there")
+    for number in sorted(set(range(len(recorded))) - set(kept.tolist())):
+        note(f"{recorded[number]} is left out: both classes have the same mean activation there")
 
     mean = (positive.mean + negative.mean) / 2
     if plane == "local" and RANK[operator] == 2:
-        basis, flat = local_planes(unit, mean[kept])
+        angles = class_angles(positive.at(kept), negative.at(kept))
+        # Turning to an angle needs the mean itself in the plane; turning by one does not.
+        share = np.sqrt(angles / angles.max()) if operator == "selective" and angles.any() else None
+        basis, flat = local_planes(unit, mean[kept], share)
         for number in sorted(set(range(len(kept))) - set(flat.tolist())):
-            note(f"{recorder.sites[kept[number]]} is left out: its mean activation is parallel to its direction")
+            note(f"{recorded[kept[number]]} is left out: its mean activation is parallel to its direction")
         kept = kept[flat]
     elif plane == "local":
         basis = unit[:, None, :]
     else:
         basis = global_plane(unit)[None] if RANK[operator] == 2 else unit[best_direction(unit)][None, None]
-    sites = tuple(recorder.sites[number] for number in kept)
+    sites = tuple(recorded[number] for number in kept)
     positive, negative, mean = positive.at(kept), negative.at(kept), mean[kept]
     b1 = np.broadcast_to(basis[:, 0], mean.shape)
-    on = steered(mask, discriminative(positive, negative, b1), sites, recorder.sites)
+    on = steered(mask, discriminative(positive, negative, b1), sites, recorded)
     if plane == "global" and RANK[operator] == 2:
         basis = oriented(basis[0], mean[on].mean(0))[None]
 
@@ -113,7 +123,7 @@ def calibrate(
         site_plane=np.arange(len(sites), dtype=np.uint32) if plane == "local" else np.zeros(len(sites), np.uint32),
         basis=basis.astype(np.float32),
         base=recorder.base,
-        separation=separation(recorder, prompts, kept, b1, mean_norm, step).astype(np.float32),
+        separation=separation(recorder, prompts, chosen[kept], b1, mean_norm, step).astype(np.float32),
         mean_norm=mean_norm.astype(np.float32),
         description=prompts.description,
         positive=prompts.positive_name,
@@ -130,6 +140,17 @@ def calibrate(
             negative_count=negative.count,
         ),
     )
+
+
+def chosen_sites(sites: Sequence[Site], plane: Plane, kinds: Collection[str] | None) -> NDArray[np.intp]:
+    """Which of the recorded `sites` are calibrated: those of `kinds`, or as `calibrate` says for None."""
+    if kinds is None and plane == "local":
+        attention = "attn_norm_2" if any(site.kind == "attn_norm_2" for site in sites) else "attn_norm"
+        kinds = (attention,) if any(site.kind == attention for site in sites) else None
+    chosen = [number for number, site in enumerate(sites) if kinds is None or site.kind in kinds]
+    if not chosen:
+        raise SteerError(f"expected a recorded site of kind {', '.join(kinds or ()) or '(none)'}, got none")
+    return np.array(chosen, np.intp)
 
 
 def separation(

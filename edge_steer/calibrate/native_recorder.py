@@ -23,7 +23,7 @@ class NativeRecorder:
 
     name = "native"
 
-    def __init__(self, model_path: str | Path, *, sites: str = "default", **llama: Any) -> None:
+    def __init__(self, model_path: str | Path, *, sites: str = "pre", **llama: Any) -> None:
         """llama: as for SteeredLlama (n_ctx, n_gpu_layers, n_threads …)."""
         file = read_model(model_path)
         kinds = architecture(file.architecture, (tensor.name for tensor in file.tensors)).kinds_for(sites)

@@ -51,23 +51,44 @@ def oriented(basis: Float64, mean: Float64) -> Float64:
     return np.asarray(basis * [[1.0], [1.0 if basis[1] @ mean <= 0 else -1.0]])
 
 
-def local_planes(unit: Float64, mean: Float64) -> tuple[Float64, NDArray[np.intp]]:
+def class_angles(positive: ClassSums, negative: ClassSums) -> Float64:
+    """(T,) degrees between the class means at each site: how far the model itself turns an activation there."""
+    one, other = positive.mean, negative.mean
+    # From the chord between unit vectors: an arc cosine has no small angles.
+    chord = np.linalg.norm(_unit(one) - _unit(other), axis=-1)
+    return np.asarray(np.rad2deg(2 * np.arcsin(np.minimum(chord / 2, 1))))
+
+
+def local_planes(unit: Float64, mean: Float64, share: Float64 | None = None) -> tuple[Float64, NDArray[np.intp]]:
     """A plane (2, d) for each site from its direction (T, d) and its mean activation (T, d): b1 = u and
-    b2 = −unit(μ − (μ·b1)b1), so that a small +θ raises b1·h.
+    b2 = −unit(m), m = μ − (μ·b1)b1, so that a small +θ raises b1·h, at the mean by θ‖m‖.
+
+    share (T,) in 0…1: raise it by share·θ‖m‖ only. The dial is one angle for all sites, which is what lets one pair of
+    adapters serve every angle; so b2 leans away from the mean, toward a direction n in which activations have
+    no part but chance: b2 = −(share·unit(m) + √(1 − share²)·n).
 
     Returns the planes (T′, 2, d) and which T′ sites have one: where μ is parallel to b1, there is none.
     """
     planes = []
     kept = []
+    chance = np.random.default_rng((2601, 19375)).standard_normal(unit.shape)
     for number, (u, mu) in enumerate(zip(unit, mean, strict=True)):
         try:
-            planes.append(orthonormal(u, -mu))
+            plane = orthonormal(u, -mu)
+            if share is not None:
+                across = orthonormal(plane[1], chance[number] - (chance[number] @ plane[0]) * plane[0])[1]
+                plane = orthonormal(u, share[number] * plane[1] + np.sqrt(1 - share[number] ** 2) * across)
         except ValueError:
             continue
+        planes.append(plane)
         kept.append(number)
     if not planes:
         raise SteerError("expected a site with a plane of its own, got none: every mean is parallel to its direction")
     return np.stack(planes), np.array(kept, np.intp)
+
+
+def _unit(rows: Float64) -> Float64:
+    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
 
 
 def discriminative(positive: ClassSums, negative: ClassSums, b1: Float64) -> NDArray[np.bool_]:

@@ -46,7 +46,7 @@ class TorchRecorder:
         cls,
         path: str | Path,
         *,
-        sites: str = "default",
+        sites: str = "pre",
         device: Device = "auto",
         dtype: DType = "auto",
         batch_size: int = 16,

@@ -46,10 +46,9 @@ MASKS = ("site", "layer", "all")
 )
 @click.option(
     "--sites",
-    default="default",
-    show_default=True,
     metavar="KINDS",
-    help="default (norms before attention and feed-forward), all (and those behind), or kinds by name.",
+    help="pre (norms before attention and feed-forward), all (and those behind), or kinds by name.  "
+    "[default: attn_norm; pre for --plane global]",
 )
 @click.option(
     "--mask",
@@ -84,7 +83,7 @@ def calibrate(
     name: str | None,
     plane: Plane,
     operator: Operator,
-    sites: str,
+    sites: str | None,
     mask: Mask | None,
     limit: int | None,
     batch_size: int,
@@ -123,21 +122,23 @@ def calibrate(
         prompts = prompts.first(limit)
 
     recorder: NativeRecorder | TorchRecorder
+    recorded = sites or "pre"
     if Path(model).is_dir() or ("/" in model and not is_gguf(model)):
         from edge_steer.calibrate.torch_recorder import TorchRecorder
 
-        recorder = TorchRecorder.load(model, sites=sites, device=device, dtype=dtype, batch_size=batch_size)
+        recorder = TorchRecorder.load(model, sites=recorded, device=device, dtype=dtype, batch_size=batch_size)
     else:
         from edge_steer.calibrate.native_recorder import NativeRecorder
 
         path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
-        recorder = NativeRecorder(path, sites=sites, **parameters)
+        recorder = NativeRecorder(path, sites=recorded, **parameters)
     options.note_plain_template(recorder.uses_plain_template)
     notes: list[str] = []
     with bar("recording", passes(prompts)) as step:
         steering = compute(
-            recorder, prompts, plane=plane, operator=operator, mask=mask, name=name or target.stem,
-            step=step, note=notes.append,
+            recorder, prompts, plane=plane, operator=operator, mask=mask,
+            kinds={site.kind for site in recorder.sites} if sites else None, name=name or target.stem, step=step,
+            note=notes.append,
         )  # fmt: skip
     steering.save(target, force=force)
     for line in notes:
