@@ -44,7 +44,7 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
     from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama
 
-    path, parameters = options.run_parameters(MODEL, ctx=ctx or 1024, gpu_layers=gpu_layers, threads=threads, seed=seed)
+    path, parameters = options.run_parameters(MODEL, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
     prompts = load_preset(PRESET)
     with bar("calibrating", passes(prompts)) as step:
         steering = compute(NativeRecorder(path, **parameters), prompts, name=PRESET, step=step)
