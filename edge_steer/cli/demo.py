@@ -13,7 +13,7 @@ PROMPTS = (
     "Write one sentence about the weather today.",
     "In one sentence: what do you think about the future?",
 )
-LONGEST = 60  # tokens of an answer
+LONGEST = 40  # tokens of an answer
 
 
 @click.command()
@@ -67,7 +67,7 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
         for dial, name in dials:
             llm.angle = dial
             answer = answered(llm, [{"role": "user", "content": prompt}], sampling)
-            text = answer.text + (" …" if answer.generated_tokens == LONGEST else "")
+            text = answer.text if answer.generated_tokens < LONGEST else _cut(answer.text)
             head = f"  {'' if dial is None else f'{dial:+g}°':>5} {name:<9} "
             lines = textwrap.wrap(" ".join(text.split()), width - len(head)) or [""]
             click.echo(click.style(head, fg="cyan") + f"\n{' ' * len(head)}".join(lines))
@@ -78,3 +78,9 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
     for dial in (-angle, angle):
         click.echo(f"  {dial:+g}°  {gaps[dial] - gaps[None]:+.2f}")
     click.echo(f"\nTalk to it, and turn the dial with /angle:\n  edge-steer chat -m {MODEL} -s {kept}:{angle:g}")
+
+
+def _cut(text: str) -> str:
+    """An unfinished answer up to its last whole sentence, if it has one."""
+    head, stop, _ = text.rpartition(". ")
+    return f"{head}{stop.strip()} …" if stop else f"{text} …"
