@@ -12,7 +12,7 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("Error: interrupted\n")
         sys.exit(130)
-    main()
+    main(prog_name="edge-steer")
 
 
 if __name__ == "__main__":
