@@ -17,6 +17,20 @@ from safetensors.torch import load_file, save_file
 TOKENS = [256, *range(30, 90)]
 
 
+def directory_of(gguf: Path, folder: Path, dtype: str) -> Path:
+    """The model as transformers saves what it reads from the GGUF."""
+    import transformers
+
+    options = {"gguf_file": gguf.name}
+    plain = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, quantization_config=plain, dtype=dtype, **options
+    )
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
+    return folder
+
+
 def edit(path: Path, change: Callable[[Any], object]) -> None:
     """Change the JSON file in place."""
     values = json.loads(path.read_text())

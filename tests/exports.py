@@ -31,14 +31,19 @@ def steering_for(gguf: Path, operator: Operator = "selective", sites: str = "pre
     return random_steering(file.base, chosen, operator, **kwargs)
 
 
-def hook_logits(gguf: Path, actions: Sequence[tuple[Steering, float | None]], **llama: Any) -> Logits:
+def hook_logits(
+    gguf: Path, actions: Sequence[tuple[Steering, float | None]], tokens: Sequence[int] = TOKENS, **llama: Any
+) -> Logits:
     dials = {steering.name: dial for steering, dial in actions}
     steerings = [steering for steering, _ in actions]
     llm = SteeredLlama(gguf, steering=steerings, angles=dials, n_ctx=128, **{**EXACT, **llama})
-    return llm.logits([*TOKENS, 0], 1)
+    return llm.logits([*tokens, 0], 1)
 
 
-def plain_logits(gguf: Path, adapters: Sequence[tuple[Path, float]] = (), vector: Logits | None = None) -> Logits:
+def plain_logits(
+    gguf: Path, adapters: Sequence[tuple[Path, float]] = (), vector: Logits | None = None,
+    tokens: Sequence[int] = TOKENS,
+) -> Logits:  # fmt: skip
     """Logits of llama.cpp without edge-steer; with adapters at scales, or a control vector (layers − 1, d)."""
     llm = llama_cpp.Llama(str(gguf), n_ctx=128, logits_all=True, verbose=False, **EXACT)
     loaded = [llama_cpp.llama_adapter_lora_init(llm._model.model, str(path).encode()) for path, _ in adapters]
@@ -53,8 +58,8 @@ def plain_logits(gguf: Path, adapters: Sequence[tuple[Path, float]] = (), vector
         assert not llama_cpp.llama_set_adapter_cvec(
             llm._ctx.ctx, pointer, flat.size, vector.shape[1], 1, len(vector) + 1
         )
-    llm.eval(TOKENS)
-    return np.array(llm.scores[: len(TOKENS)], np.float32)
+    llm.eval(tokens)
+    return np.array(llm.scores[: len(tokens)], np.float32)
 
 
 def kl(p: Logits, q: Logits) -> float:

@@ -205,6 +205,11 @@ def test_generate_streams_text_and_takes_the_prompt_from_standard_input(place: P
     assert ran(*common, "-p", "-", input=" Hello\n").stdout == text + "\n"
 
 
+def test_warnings_of_llama_cpp_do_not_come_between(place: Path) -> None:
+    found = process("generate", "-m", place / "gemma3.gguf", "-p", "Hi", *QUICK)  # a sliding window earns one
+    assert (found.returncode, found.stderr) == (0, b"")
+
+
 def test_the_angle_option_beats_the_file_s_and_steerings_add_up(place: Path, tmp_path: Path) -> None:
     mood = Steering.load(place / "mood.gguf")
     replace(mood, name="kind", angle=7.0, angle_min=-10.0, angle_max=20.0).save(tmp_path / "kind.gguf")

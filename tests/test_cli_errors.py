@@ -231,6 +231,27 @@ def test_ctrl_c_during_a_calibration_leaves_nothing_behind(place: Path, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["hate.txt", "love.txt"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_ended_from_outside_takes_its_half_written_files_along(tmp_path: Path, number: int) -> None:
+    shell = (
+        "import click, time; from pathlib import Path\n"
+        "from edge_steer.cli import main; from edge_steer.whole_file import whole_file\n"
+        "@click.command()\n"
+        "def wait():\n"
+        "    with whole_file(Path('out')) as part:\n"
+        "        part.write_text('half'); print('begun', flush=True); time.sleep(60)\n"
+        "main.Verbs.get_command = lambda *_: wait\n"
+        "main.main(['presets'])"
+    )
+    process = subprocess.Popen([PROGRAM[0], "-c", shell], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    assert list(tmp_path.iterdir())
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_dial_stands_in_the_prompt_of_a_terminal(place: Path) -> None:
     with terminal("chat", "-m", place / "llama.gguf", "-s", f"{place / 'one.gguf'}:8", *ONE_THREAD) as screen:
         screen.until(b"one +8> ")

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-from directories import divergence, llama_logits, open_llama, tensors, values  # noqa: E402
+from directories import directory_of, divergence, llama_logits, open_llama, tensors, values  # noqa: E402
 
 from edge_steer.contrast import neutral_passages  # noqa: E402
 from edge_steer.converters.convert import convert  # noqa: E402
@@ -21,18 +21,6 @@ from edge_steer.gguf_metadata import read_gguf  # noqa: E402
 
 WINDOW = 128  # so that a vocabulary's logits fit into memory
 VOCABULARY = ("model", "tokens", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
-
-
-def directory_of(gguf: Path, folder: Path, dtype: torch.dtype) -> Path:
-    """The model as transformers saves what it reads from the GGUF."""
-    options = {"gguf_file": gguf.name}
-    plain = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, quantization_config=plain, dtype=dtype, **options
-    )
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
-    return folder
 
 
 def metadata(gguf: Path) -> dict[str, Any]:
@@ -57,7 +45,7 @@ def kl_to_transformers(directory: Path, gguf: Path, count: int) -> float:
 
 @pytest.mark.slow
 def test_smollm2_comes_back_as_it_was(smollm2: Path, tmp_path: Path) -> None:
-    directory, out = directory_of(smollm2, tmp_path / "smollm2", torch.float32), tmp_path / "out.gguf"
+    directory, out = directory_of(smollm2, tmp_path / "smollm2", "float32"), tmp_path / "out.gguf"
     with pytest.warns(UserWarning, match="does not split text as smollm"):  # transformers loses the digits' splitting
         convert(directory, out, type="f16", pre="smollm")
     before, after = metadata(smollm2), metadata(out)
@@ -77,7 +65,7 @@ def test_smollm2_comes_back_as_it_was(smollm2: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gemma3_comes_back_as_it_was(gemma3: Path, tmp_path: Path) -> None:
-    directory, out = directory_of(gemma3, tmp_path / "gemma3", torch.bfloat16), tmp_path / "out.gguf"
+    directory, out = directory_of(gemma3, tmp_path / "gemma3", "bfloat16"), tmp_path / "out.gguf"
     convert(directory, out)
     before, after = metadata(gemma3), metadata(out)
     for name in (*VOCABULARY, "pre", "add_bos_token", "add_eos_token", "add_space_prefix"):

@@ -9,10 +9,11 @@ from edge_steer.cli import options
 MODEL = "smollm2-135m"
 PRESET = "sentiment"
 PROMPTS = (
-    "Write two sentences about the weather today.",
-    "What do you think about the future?",
     "Write one sentence about the sea.",
+    "Write one sentence about the weather today.",
+    "In one sentence: what do you think about the future?",
 )
+LONGEST = 40  # tokens of an answer
 
 
 @click.command()
@@ -27,7 +28,7 @@ PROMPTS = (
 def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, seed: int) -> None:
     """The whole way on a small model: gloomier, and more cheerful.
 
-    Fetches SmolLM2-135M-Instruct (90 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
+    Fetches SmolLM2-135M-Instruct (98 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
     turned to −, off and +.
     """
     import shutil
@@ -40,10 +41,10 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
     from edge_steer.contrast import load_preset
     from edge_steer.evaluate.metrics import probe_gaps
     from edge_steer.registry import cache_dir
-    from edge_steer.runtime.chat import Sampling, stream_answer
+    from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama
 
-    path, parameters = options.run_parameters(MODEL, ctx=ctx or 1024, gpu_layers=gpu_layers, threads=threads, seed=seed)
+    path, parameters = options.run_parameters(MODEL, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
     prompts = load_preset(PRESET)
     with bar("calibrating", passes(prompts)) as step:
         steering = compute(NativeRecorder(path, **parameters), prompts, name=PRESET, step=step)
@@ -59,13 +60,14 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
             gaps[dial] = float(probe_gaps(llm, prompts.probes).mean())
             step(1)
 
-    sampling = Sampling(max_tokens=60, seed=seed)
+    sampling = Sampling(max_tokens=LONGEST, seed=seed)
     width = min(100, shutil.get_terminal_size().columns)
     for prompt in PROMPTS:
         click.secho(f"\n{prompt}", bold=True)
         for dial, name in dials:
             llm.angle = dial
-            text = "".join(stream_answer(llm, [{"role": "user", "content": prompt}], sampling))
+            answer = answered(llm, [{"role": "user", "content": prompt}], sampling)
+            text = answer.text if answer.generated_tokens < LONGEST else _cut(answer.text)
             head = f"  {'' if dial is None else f'{dial:+g}°':>5} {name:<9} "
             lines = textwrap.wrap(" ".join(text.split()), width - len(head)) or [""]
             click.echo(click.style(head, fg="cyan") + f"\n{' ' * len(head)}".join(lines))
@@ -76,3 +78,9 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
     for dial in (-angle, angle):
         click.echo(f"  {dial:+g}°  {gaps[dial] - gaps[None]:+.2f}")
     click.echo(f"\nTalk to it, and turn the dial with /angle:\n  edge-steer chat -m {MODEL} -s {kept}:{angle:g}")
+
+
+def _cut(text: str) -> str:
+    """An unfinished answer up to its last whole sentence, if it has one."""
+    head, stop, _ = text.rpartition(". ")
+    return f"{head}{stop.strip()} …" if stop else f"{text} …"

@@ -39,23 +39,18 @@ def generate(
     \b
     edge-steer generate -m smollm2-135m -s happy.gguf:8 -p "How was your day?"
     """
+    from functools import partial
+
     from edge_steer.contrast import Prompt
-    from edge_steer.runtime.chat import stream_answer
+    from edge_steer.runtime.chat import answered, silent
 
     asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
     )  # fmt: skip
-    stream = stream_answer(llm, asked.messages(), options.sampling(seed=seed, **sampling))
-    while True:
-        try:
-            piece = next(stream)
-        except StopIteration as end:
-            answer = end.value
-            break
-        if not as_json:
-            click.echo(piece, nl=False)
+    say = silent if as_json else partial(click.echo, nl=False)
+    answer = answered(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
     if not as_json:
         click.echo()
         return

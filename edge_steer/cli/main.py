@@ -6,6 +6,7 @@ import importlib
 import io
 import keyword
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,11 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _leave(number: int, _: object) -> None:
+    """Ended from outside, or by a terminal that closed: unwind, so that no half-written file stays."""
+    raise SystemExit(128 + number)
+
+
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"note: {message}", err=True)
 
@@ -94,6 +100,9 @@ def main() -> None:
     Try `edge-steer demo` first.
     """
     warnings.showwarning = _note
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _leave)
     for stream in (sys.stdin, sys.stdout):
         # A byte that is no text, or a sign that the terminal cannot show, ends no conversation.
         if isinstance(stream, io.TextIOWrapper):

@@ -89,6 +89,7 @@ def run_parameters(
     trained = read_model(path).context_length
     if ctx is not None and ctx > trained:
         raise SteerError(f"expected --ctx of at most {trained}, what the model was trained for, got {ctx}")
+    _keep_warnings_quiet()
     return str(path), {
         # llama.cpp rounds it up itself, llama-cpp-python's own arrays do not.
         "n_ctx": -(-(ctx or min(4096, trained)) // 256) * 256,
@@ -97,6 +98,15 @@ def run_parameters(
         "n_threads_batch": threads,
         "seed": seed,
     }
+
+
+def _keep_warnings_quiet() -> None:
+    """llama-cpp-python takes level 3 for an error, which to llama.cpp is a warning, and prints it over an answer."""
+    import logging
+
+    from llama_cpp import _logger
+
+    _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL[3] = logging.WARNING
 
 
 def open_model(

@@ -45,6 +45,10 @@ class Answer:
         return (self.generated_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
 
 
+def silent(_: str) -> None:
+    """Says nothing."""
+
+
 def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling) -> Generator[str, None, Answer]:
     """Yields the answer to a chat piece by piece; returns it whole. Closing the generator stops it.
 
@@ -89,6 +93,20 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
     return Answer(text, len(prompt), count, last - first)
 
 
+def answered(
+    llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling, say: Callable[[str], object] = silent
+) -> Answer:
+    """The answer to a chat, whole. say: told its text piece by piece."""
+    stream = stream_answer(llm, messages, sampling)
+    with closing(stream):
+        while True:
+            try:
+                say(next(stream))
+            except StopIteration as end:
+                found: Answer = end.value
+                return found
+
+
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
@@ -102,10 +120,6 @@ def _check_room(llm: SteeredLlama, prompt: Sequence[int]) -> None:
         )
 
 
-def _silent(_: str) -> None:
-    """No notes."""
-
-
 @dataclass
 class Chat:
     """A conversation that remembers. It drops its oldest turns where they no longer fit, never the system prompt.
@@ -116,7 +130,7 @@ class Chat:
     llm: SteeredLlama
     sampling: Sampling
     system: str | None = None
-    note: Callable[[str], object] = _silent
+    note: Callable[[str], object] = silent
     turns: list[Message] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
