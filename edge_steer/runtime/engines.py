@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import llama_cpp
 import numpy as np
 
 from edge_steer.errors import NoEffectError, SteerError
-from edge_steer.export.lora import Products, live_adapter, products
 from edge_steer.model_file import ModelFile
 from edge_steer.rotation import Action
 from edge_steer.runtime.native import Hook
 from edge_steer.sites import Site
 from edge_steer.steering import Steering
+
+if TYPE_CHECKING:
+    from edge_steer.export.lora import Products
 
 EngineName = Literal["hook", "lora", "auto"]
 ENGINES: tuple[EngineName, ...] = ("hook", "lora", "auto")
@@ -92,6 +94,9 @@ class LoraEngine:
     """
 
     def __init__(self, llm: Any, model: ModelFile, steerings: Sequence[Steering]) -> None:
+        # Imported where used: the hook starts without the exporters.
+        from edge_steer.export.lora import products
+
         self._llm = llm
         self._products: Products = products(model, steerings)
         self._adapters: OrderedDict[Actions, Any] = OrderedDict()
@@ -120,6 +125,8 @@ class LoraEngine:
             llama_cpp.llama_adapter_lora_free(self._adapters.popitem()[1])
 
     def _adapter(self, actions: Actions) -> Any:
+        from edge_steer.export.lora import live_adapter
+
         if actions not in self._adapters:
             self._adapters[actions] = live_adapter(self._llm.model, self._products, actions)
         self._adapters.move_to_end(actions)
