@@ -19,6 +19,8 @@ from edge_steer.rotation import cos_sin
 from edge_steer.sites import Site, architecture, site_of_module
 from edge_steer.steering import Steering
 
+transformers.utils.logging.disable_progress_bar()
+
 GENERATED = 16  # slower by far: fewer tokens say as much
 
 
