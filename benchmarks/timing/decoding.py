@@ -32,8 +32,9 @@ from edge_steer.sites import Site, architecture
 from edge_steer.steering import Steering
 
 PROMPT, GENERATED = 512, 64
-METRICS = {"prompt": f"prompt ({PROMPT}), tokens/s", "token": f"generation ({GENERATED}), tokens/s"}
+METRICS = {"prompt": f"prompt ({PROMPT}), tokens/s", "generation": f"generation ({GENERATED}), tokens/s"}
 ANGLE = 8.0
+PLAIN, CONTROL = "unsteered", "control: a second context, unsteered"
 
 
 def steering(model: ModelFile, sites: Sequence[Site], name: str, seed: int = 0) -> Steering:
@@ -92,7 +93,7 @@ def timed(llm: Llama) -> dict[str, float]:
         begun = time.perf_counter()
         Llama.eval(llm, [2000 + i])
         spent.append(time.perf_counter() - begun)
-    return {"prompt": evaluated / PROMPT, "token": float(np.median(spent))}
+    return {"prompt": evaluated / PROMPT, "generation": float(np.median(spent))}
 
 
 class Contexts:
@@ -190,29 +191,29 @@ class Contexts:
 
     def rows(self, hook: float, hook_all: float, *, brief: bool) -> list[Row]:
         """What is timed, with the least shares asked of the hook at 20 sites and beyond."""
-        n, plain, control = len(self.every), "unsteered", "control: a second context, unsteered"
+        n = len(self.every)
 
         def both(share: float) -> dict[str, float]:
             return dict.fromkeys(METRICS, share)
 
         rows = [
-            Row(plain, self.unsteered),
-            Row(control, lambda: timed(self.plain), plain),
-            Row("hook, idle", self.turned, plain, both(0.995)),
-            Row("hook, 20 sites", lambda: self.turned("twenty"), plain, both(hook)),
-            Row(f"hook, all {n} sites", lambda: self.turned("every-0"), plain, both(hook_all)),
+            Row(PLAIN, self.unsteered),
+            Row(CONTROL, lambda: timed(self.plain), PLAIN),
+            Row("hook, idle", self.turned, PLAIN, both(0.995)),
+            Row("hook, 20 sites", lambda: self.turned("twenty"), PLAIN, both(hook)),
+            Row(f"hook, all {n} sites", lambda: self.turned("every-0"), PLAIN, both(hook_all)),
             Row(
                 f"hook, three steerings at all {n} sites",
-                lambda: self.turned("every-0", "every-1", "every-2"), plain, both(hook_all),
+                lambda: self.turned("every-0", "every-1", "every-2"), PLAIN, both(hook_all),
             ),
-            Row("lora engine, 20 sites", self.adapted(0), control, both(0.95)),
+            Row("lora engine, 20 sites", self.adapted(0), CONTROL, both(0.95)),
         ]  # fmt: skip
         if not brief:
             baked = self.baked()
             rows += [
-                Row("recorder, all sites", self.recorded, plain),
-                Row(f"lora engine, all {n} sites", self.adapted(1), control),
-                Row("llama.cpp's control vector", self.control_vector, control),
-                Row("baked, 20 sites", lambda: timed(baked), plain, both(0.995)),
+                Row("recorder, all sites", self.recorded, PLAIN),
+                Row(f"lora engine, all {n} sites", self.adapted(1), CONTROL),
+                Row("llama.cpp's control vector", self.control_vector, CONTROL),
+                Row("baked, 20 sites", lambda: timed(baked), PLAIN, both(0.995)),
             ]
         return rows

@@ -97,10 +97,15 @@ def table(rows: Sequence[Row], times: Times, metrics: Mapping[str, str]) -> list
             share = Share.of(_column(times[row.against], metric), spent) if row.against else None
             cells.append(str(share) if share else "1")
             if share and metric in row.limits:
-                limit = row.limits[metric]
-                verdicts.append(f"≥ {limit:g}: {'met' if share.high >= limit else '**missed**'}")
+                limit, which = row.limits[metric], f"{metric} " if len(metrics) > 1 else ""
+                verdicts.append(f"{which}≥ {limit:g}: {'met' if share.high >= limit else '**missed**'}")
         lines.append(f"| {row.name} | {' | '.join(cells)} | {', '.join(verdicts)} |")
     return lines
+
+
+def shares(name: str, against: str, times: Times, metrics: Iterable[str]) -> dict[str, Share]:
+    """By metric, the speed of row `name` as a share of that of row `against`."""
+    return {metric: Share.of(_column(times[against], metric), _column(times[name], metric)) for metric in metrics}
 
 
 def _column(times: Iterable[Mapping[str, float]], metric: str) -> list[float]:
