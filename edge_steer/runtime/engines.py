@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import llama_cpp
@@ -128,7 +130,8 @@ class LoraEngine:
         from edge_steer.export.lora import live_adapter
 
         if actions not in self._adapters:
-            self._adapters[actions] = live_adapter(self._llm.model, self._products, actions)
+            with _without_warnings(verbose=self._llm.verbose):
+                self._adapters[actions] = live_adapter(self._llm.model, self._products, actions)
         self._adapters.move_to_end(actions)
         return self._adapters[actions]
 
@@ -142,6 +145,20 @@ class LoraEngine:
             raise SteerError("llama.cpp refused to attach the steering's adapter; use the hook")
         while len(self._adapters) > _KEPT:
             llama_cpp.llama_adapter_lora_free(self._adapters.popitem(last=False)[1])
+
+
+@contextmanager
+def _without_warnings(*, verbose: bool) -> Iterator[None]:
+    """llama.cpp warns of every adapter weight whose model weight it has repacked, harmlessly; and llama-cpp-python
+    takes its warnings for errors, which it prints unasked."""
+    logger = logging.getLogger("llama-cpp-python")
+    before = logger.level
+    if not verbose:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def choose_engine(name: EngineName, steerings: Sequence[Steering], *, offloaded: bool) -> Literal["hook", "lora"]:
