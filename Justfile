@@ -33,6 +33,6 @@ native-warnings:
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}
 
-# What steering costs, told on docs/speed.md (some 12 minutes, on a machine that does nothing else)
+# What steering costs, told on docs/speed.md (some 13 minutes, on a machine that does nothing else)
 bench-speed *args:
     {{python}} benchmarks/speed.py --output docs/speed.md {{args}}

@@ -1,6 +1,6 @@
 """What steering costs: prompts, generation, whole answers and calibration against the same without steering.
 
-python benchmarks/speed.py -o docs/speed.md      # SmolLM2-135M and two shapes with random weights, about 12 minutes
+python benchmarks/speed.py -o docs/speed.md      # SmolLM2-135M and two shapes with random weights, some 13 minutes
 python benchmarks/speed.py --quick               # SmolLM2-135M alone, without torch, in 2
 """
 
@@ -41,7 +41,7 @@ contexts are apart."""
 
 @click.command()
 @click.option("--models", default=",".join(MODELS), show_default=True)
-@click.option("--minutes", default=8.0, show_default=True, help="For the models' main tables; the rest comes on top.")
+@click.option("--minutes", default=7.0, show_default=True, help="For the models' main tables; the rest comes on top.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of every row, instead of as many as fit in --minutes.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--quick", is_flag=True, help="SmolLM2-135M alone, few rounds, without torch.")
@@ -74,7 +74,7 @@ def model_page(name: str, threads: int, seconds: float, rounds: int | None, *, q
         page += [control_line(times)]
         if small:
             told = answers.answer_rows(contexts)
-            found = timed("answers", told, rounds, 15 if quick else 75)
+            found = timed("answers", told, rounds, 15 if quick else 60)
             page += section(f"Whole answers of {answers.TOKENS} tokens, streamed as text", told, found, answers.METRICS)
         steerings = contexts.steerings[:2]
     if small:
@@ -102,7 +102,7 @@ def torch_rows() -> ModuleType:
 def torch_times(
     name: str, path: Path, threads: int, steerings: Sequence[Steering]
 ) -> tuple[dict[str, list[Row]], Times]:
-    """Rows of torch on this model, two rounds of each; llama.cpp's contexts are closed by now."""
+    """Rows of torch on this model, two rounds on the small one; llama.cpp's contexts are closed by now."""
     torch_side = torch_rows()
     torch_side.use_threads(threads)
     found: Times = {}
@@ -115,8 +115,9 @@ def torch_times(
             model, what = torch_side.loaded(Path(folder)), "float32"
         else:
             model, what = torch_side.of_shape(shapes.SHAPES[name]), "bfloat16"
+            steerings = steerings[:1]
         rows["transformers"] = torch_side.transformers_rows(model, what, steerings, decoding.PLAIN)
-        found |= timed("transformers", rows["transformers"], 2, 0)
+        found |= timed("transformers", rows["transformers"], 2 if name == SMALL else 1, 0)
     return rows, found
 
 

@@ -200,7 +200,6 @@ class Contexts:
             Row(PLAIN, self.unsteered),
             Row(CONTROL, lambda: timed(self.plain), PLAIN),
             Row("hook, idle", self.turned, PLAIN, both(0.995)),
-            Row("hook, 20 sites", lambda: self.turned("twenty"), PLAIN, both(hook)),
             Row(f"hook, all {n} sites", lambda: self.turned("every-0"), PLAIN, both(hook_all)),
             Row(
                 f"hook, three steerings at all {n} sites",
@@ -211,6 +210,7 @@ class Contexts:
         if not brief:
             baked = self.baked()
             rows += [
+                Row("hook, 20 sites", lambda: self.turned("twenty"), PLAIN, both(hook)),
                 Row("recorder, all sites", self.recorded, PLAIN),
                 Row(f"lora engine, all {n} sites", self.adapted(1), CONTROL),
                 Row("llama.cpp's control vector", self.control_vector, CONTROL),

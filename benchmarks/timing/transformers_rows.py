@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from edge_steer.sites import Site, architecture, site_of_module
 from edge_steer.steering import Steering
 
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # its new name is not in every release we take
 
 GENERATED = 16  # slower by far: fewer tokens say as much
 
