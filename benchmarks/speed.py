@@ -135,7 +135,7 @@ def timed(what: str, rows: Sequence[Row], rounds: int | None, seconds: float) ->
 
 def section(title: str, rows: Sequence[Row], times: Times, metrics: Mapping[str, str]) -> list[str]:
     counts = sorted({len(times[row.name]) for row in rows})
-    return [f"### {title}", f"{' or '.join(map(str, counts))} rounds.", "\n".join(table(rows, times, metrics))]
+    return [f"### {title}", f"Rounds: {' or '.join(map(str, counts))}.", "\n".join(table(rows, times, metrics))]
 
 
 def setting(threads: int) -> str:

@@ -21,6 +21,7 @@ from edge_steer.sites import Site, architecture, site_of_module
 from edge_steer.steering import Steering
 
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # its new name is not in every release we take
 
 GENERATED = 16  # slower by far: fewer tokens say as much
