@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
 
 
 class Chain(Protocol):
@@ -46,29 +49,30 @@ class Sampler:
 
     def sample(self, ctx: Any, idx: int = -1) -> int:
         """The next token, by the logits of output `idx` of the context; it counts as said."""
-        logits = np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape=self._shape)
+        logits: Logits = np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape=self._shape)
         if not self._penalties.act:
             return self._choose(ctx, idx, logits)
-        charged = np.fromiter(self._counts, np.intp, len(self._counts))
-        found = logits[charged]
-        logits[charged] = self._charge(found)
+        tokens = np.fromiter(self._counts, np.intp, len(self._counts))
+        found = logits[tokens]
+        logits[tokens] = self._charge(found)
         try:
             token = self._choose(ctx, idx, logits)
         finally:
-            logits[charged] = found
+            logits[tokens] = found
         self._say(token)
         return token
 
-    def _choose(self, ctx: Any, idx: int, logits: Any) -> int:
+    def _choose(self, ctx: Any, idx: int, logits: Logits) -> int:
         return int(logits.argmax()) if self._chain is None else self._chain.sample(ctx, idx)
 
-    def _charge(self, logits: Any) -> Any:
+    def _charge(self, logits: Logits) -> Logits:
         how = self._penalties
         counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
         repeat = np.float32(how.repeat)
         with np.errstate(all="ignore"):  # a repeat of 0 makes infinities, as in llama.cpp
-            charged = np.where(logits <= 0, logits * repeat, logits / repeat)
-            return charged - (counts * np.float32(how.frequency) + np.float32(how.presence))
+            repeated = np.where(logits <= 0, logits * repeat, logits / repeat)
+            charged: Logits = repeated - (counts * np.float32(how.frequency) + np.float32(how.presence))
+        return charged
 
     def _say(self, token: int) -> None:
         self._said.append(token)
