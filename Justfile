@@ -32,3 +32,7 @@ native-warnings:
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}
+
+# What steering costs, told on docs/speed.md (some 13 minutes, on a machine that does nothing else)
+bench-speed *args:
+    {{python}} benchmarks/speed.py --output docs/speed.md {{args}}

@@ -52,7 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("code", "banned"),
     [
         ("import edge_steer", "numpy llama_cpp torch transformers matplotlib"),
-        ("import edge_steer; edge_steer.Steering; edge_steer.SteeredLlama", "torch transformers matplotlib"),
+        ("import edge_steer; edge_steer.Steering; edge_steer.SteeredLlama", 
+         "torch transformers matplotlib edge_steer.export.lora"),
         ("from edge_steer.cli.main import main; main(['--help'], standalone_mode=False)",
          "numpy rich llama_cpp huggingface_hub torch transformers matplotlib"),
         ("from edge_steer.cli.main import main; main(['calibrate', '--help'], standalone_mode=False)",

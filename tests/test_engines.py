@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import llama_cpp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("transformers")
 
 import tiny
 
+from edge_steer.converters.quantize import quantize_file
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import architecture
@@ -63,6 +66,19 @@ def test_the_lora_engine_gives_the_hook_s_logits(
     model = models[family]
     for angle in (-12.0, 180.0) if operator == "selective" else (1.0,):
         assert_same_logits(model, [(steering_for(model, operator), angle)], engine="lora")
+
+
+def test_the_lora_engine_is_silent_on_repacked_weights(
+    models: dict[str, tiny.TinyModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp repacks Q4_0 where the processor gains by it."""
+    quantize_file(models["llama"].gguf_path, tmp_path / "q4_0.gguf", "Q4_0", threads=1)
+    steering = steering_for(models["llama"], "selective")
+    llm = SteeredLlama(tmp_path / "q4_0.gguf", steering=steering, angle=20, engine="lora", **EXACT)
+    llm.eval(TOKENS[:4])
+    assert llm.sites_hit == 6
+    llm.close()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])

@@ -158,11 +158,11 @@ def wrong_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_steer.runtime import engines
+    from edge_steer.export import lora
 
-    right = engines.live_adapter
+    right = lora.live_adapter
     monkeypatch.setattr(
-        engines,
+        lora,
         "live_adapter",
         lambda llm, source, actions: right(llm, source, [type(a)(2 * a.degrees) for a in actions]),
     )

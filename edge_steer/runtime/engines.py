@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import llama_cpp
 import numpy as np
 
 from edge_steer.errors import NoEffectError, SteerError
-from edge_steer.export.lora import Products, live_adapter, products
 from edge_steer.model_file import ModelFile
 from edge_steer.rotation import Action
 from edge_steer.runtime.native import Hook
 from edge_steer.sites import Site
 from edge_steer.steering import Steering
+
+if TYPE_CHECKING:
+    from edge_steer.export.lora import Products
 
 EngineName = Literal["hook", "lora", "auto"]
 ENGINES: tuple[EngineName, ...] = ("hook", "lora", "auto")
@@ -92,6 +96,9 @@ class LoraEngine:
     """
 
     def __init__(self, llm: Any, model: ModelFile, steerings: Sequence[Steering]) -> None:
+        # Imported where used: the hook starts without the exporters.
+        from edge_steer.export.lora import products
+
         self._llm = llm
         self._products: Products = products(model, steerings)
         self._adapters: OrderedDict[Actions, Any] = OrderedDict()
@@ -120,8 +127,11 @@ class LoraEngine:
             llama_cpp.llama_adapter_lora_free(self._adapters.popitem()[1])
 
     def _adapter(self, actions: Actions) -> Any:
+        from edge_steer.export.lora import live_adapter
+
         if actions not in self._adapters:
-            self._adapters[actions] = live_adapter(self._llm.model, self._products, actions)
+            with _without_warnings(verbose=self._llm.verbose):
+                self._adapters[actions] = live_adapter(self._llm.model, self._products, actions)
         self._adapters.move_to_end(actions)
         return self._adapters[actions]
 
@@ -135,6 +145,20 @@ class LoraEngine:
             raise SteerError("llama.cpp refused to attach the steering's adapter; use the hook")
         while len(self._adapters) > _KEPT:
             llama_cpp.llama_adapter_lora_free(self._adapters.popitem(last=False)[1])
+
+
+@contextmanager
+def _without_warnings(*, verbose: bool) -> Iterator[None]:
+    """llama.cpp warns of every adapter weight whose model weight it has repacked, harmlessly; and llama-cpp-python
+    takes its warnings for errors, which it prints unasked."""
+    logger = logging.getLogger("llama-cpp-python")
+    before = logger.level
+    if not verbose:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def choose_engine(name: EngineName, steerings: Sequence[Steering], *, offloaded: bool) -> Literal["hook", "lora"]:

@@ -2,7 +2,8 @@
 
 This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the context from
 `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the only ways tokens enter the cache;
-`input_ids`, `n_tokens` and `_requires_eval` describing what is cached. native.py checks the version.
+`input_ids`, `n_tokens` and `_requires_eval` describing what is cached; `_init_sampler` making what chooses a token.
+native.py checks the version.
 
 The cache rule: a cached token is valid only for the steering state that computed it. Every cached token bears the
 state it was computed under; before an answer, the cache is cut at the first token that does not fit.
@@ -39,6 +40,7 @@ from edge_steer.runtime.dials import (
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.native import Hook, Record
+from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.sites import Site, architecture
 
 Message = Mapping[str, str]  # role and content
@@ -234,6 +236,26 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         if self._chose_chat_format:  # a closure, and chosen again when it is made again
             own |= {"chat_format": None, "chat_handler": None}
         return {**super().__getstate__(), **own}
+
+    # --- sampling ---------------------------------------------------------------------------------------------
+
+    def _init_sampler(
+        self,
+        *,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logits_processor: Any = None,
+        grammar: Any = None,
+        **how: Any,
+    ) -> Any:
+        """Llama's sampler, quicker where nothing of Python's comes before the penalties."""
+        penalties = Penalties(self.last_n_tokens_size, repeat_penalty, frequency_penalty, presence_penalty)
+        if logits_processor is not None:
+            charges = {f"{name}_penalty": getattr(penalties, name) for name in ("repeat", "frequency", "presence")}
+            return super()._init_sampler(**how, **charges, logits_processor=logits_processor, grammar=grammar)
+        greedy = grammar is None and how.get("temp") == 0
+        return Sampler(self._n_vocab, penalties, None if greedy else super()._init_sampler(**how, grammar=grammar))
 
     # --- the cache rule ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,160 @@
+"""What steering costs: prompts, generation, whole answers and calibration against the same without steering.
+
+python benchmarks/speed.py -o docs/speed.md      # SmolLM2-135M and two shapes with random weights, some 13 minutes
+python benchmarks/speed.py --quick               # SmolLM2-135M alone, without torch, in 2
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+
+import click
+import llama_cpp
+from timing import answers, calibration, decoding, shapes
+from timing.rounds import Row, Times, rounds_of, shares, table
+
+import edge_steer
+from edge_steer.registry import resolve
+from edge_steer.steering import Steering
+
+SMALL = "smollm2-135m"
+MODELS = {
+    SMALL: "SmolLM2-135M-Instruct, Q4_1",
+    "1b": "Llama-3.2-1B's shape, random weights, Q4_0",
+    "3b": "Llama-3.2-3B's shape, random weights, Q4_0",
+}
+HOW = """\
+Medians over interleaved, shuffled rounds. A share is a row's speed over that of its baseline in the same round, with
+its bootstrap 95% interval; a limit is met where the interval reaches it. What can be toggled is toggled inside one
+context: the hook's rows against `unsteered` (the same context, its callback fields null), adapters and the control
+vector against `control`, the plain context they are switched on in. The control's share shows how far two equal
+contexts are apart."""
+
+
+@click.command()
+@click.option("--models", default=",".join(MODELS), show_default=True)
+@click.option("--minutes", default=7.0, show_default=True, help="For the models' main tables; the rest comes on top.")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of every row, instead of as many as fit in --minutes.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--quick", is_flag=True, help="SmolLM2-135M alone, few rounds, without torch.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page there, too.")
+def main(models: str, minutes: float, rounds: int | None, threads: int, quick: bool, output: Path | None) -> None:
+    """Print a page of Markdown tables."""
+    chosen = [SMALL] if quick else models.split(",")
+    if unknown := set(chosen) - set(MODELS):
+        raise click.UsageError(f"expected models among {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
+    page = [f"# Speed\n\n`{' '.join(['python', *sys.argv])}`\n\n{setting(threads)}\n\n{HOW}"]
+    seconds = 60 * (0.8 if quick else minutes) / len(chosen)
+    for name in chosen:
+        page += model_page(name, threads, seconds, rounds, quick=quick)
+    text = "\n\n".join(page)
+    click.echo(text)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+def model_page(name: str, threads: int, seconds: float, rounds: int | None, *, quick: bool) -> list[str]:
+    """The tables of one model."""
+    small = name == SMALL
+    path = resolve(name, fetch=True) if small else shapes.build(name)
+    page = [f"## {MODELS[name]}"]
+    with ExitStack() as stack:
+        contexts = decoding.Contexts(path, threads, stack)
+        rows = contexts.rows(*((0.99, 0.97) if small else (0.995, 0.995)), brief=name == "3b")
+        times = timed(MODELS[name], rows, rounds, seconds)
+        page += section("Prompts, then more tokens", rows, times, decoding.METRICS)
+        page += [control_line(times)]
+        if small:
+            told = answers.answer_rows(contexts)
+            found = timed("answers", told, rounds, 15 if quick else 60)
+            page += section(f"Whole answers of {answers.TOKENS} tokens, streamed as text", told, found, answers.METRICS)
+        steerings = contexts.steerings[:2]
+    if small:
+        recording = calibration.recording_rows(path, threads)
+        recorded = timed("calibration", recording, rounds or (3 if quick else 10), 0)
+    if not quick and name != "3b":  # which in bfloat16 takes 6 GB, and minutes a round
+        slow, found = torch_times(name, path, threads, steerings)
+        page += section("The same in transformers", [rows[0], *slow["transformers"]], times | found, decoding.METRICS)
+        page += [f"transformers generates {torch_rows().GENERATED} tokens, not {decoding.GENERATED}."]
+        if small:
+            recording, recorded = recording + slow["recorder"], recorded | found
+    if small:
+        title = f"Calibration: rounds of {calibration.PROMPTS} prompts"
+        page += section(title, recording, recorded, calibration.METRICS)
+    return page
+
+
+def torch_rows() -> ModuleType:
+    """What needs torch, imported after llama.cpp was timed: two thread pools in one process disturb each other."""
+    from timing import transformers_rows
+
+    return transformers_rows
+
+
+def torch_times(
+    name: str, path: Path, threads: int, steerings: Sequence[Steering]
+) -> tuple[dict[str, list[Row]], Times]:
+    """Rows of torch on this model, two rounds on the small one; llama.cpp's contexts are closed by now."""
+    torch_side = torch_rows()
+    torch_side.use_threads(threads)
+    found: Times = {}
+    rows: dict[str, list[Row]] = {}
+    with tempfile.TemporaryDirectory(prefix="edge-steer-") as folder:
+        if name == SMALL:
+            torch_side.directory_of(path, Path(folder))
+            rows["recorder"] = calibration.torch_recording_rows(Path(folder))
+            found |= timed("torch recorder", rows["recorder"], 2, 0)
+            model, what = torch_side.loaded(Path(folder)), "float32"
+        else:
+            model, what = torch_side.of_shape(shapes.SHAPES[name]), "bfloat16"
+            steerings = steerings[:1]
+        rows["transformers"] = torch_side.transformers_rows(model, what, steerings, decoding.PLAIN)
+        found |= timed("transformers", rows["transformers"], 2 if name == SMALL else 1, 0)
+    return rows, found
+
+
+def control_line(times: Times) -> str:
+    """Whether the control's interval holds 1, without which a limit met or missed says little."""
+    found = shares(decoding.CONTROL, decoding.PLAIN, times, decoding.METRICS)
+    held = [f"{metric} {'yes' if share.low <= 1 <= share.high else '**no**'}" for metric, share in found.items()]
+    return f"The control's interval holds 1: {', '.join(held)}."
+
+
+def timed(what: str, rows: Sequence[Row], rounds: int | None, seconds: float) -> Times:
+    note(f"{what}: {len(rows)} rows")
+    return rounds_of(rows, rounds=rounds, seconds=seconds, note=note)
+
+
+def section(title: str, rows: Sequence[Row], times: Times, metrics: Mapping[str, str]) -> list[str]:
+    counts = sorted({len(times[row.name]) for row in rows})
+    return [f"### {title}", f"Rounds: {' or '.join(map(str, counts))}.", "\n".join(table(rows, times, metrics))]
+
+
+def setting(threads: int) -> str:
+    """When, where and with what."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{datetime.date.today()}, {processor}, {cores} cores, {platform.system()} {platform.machine()}, "
+        f"{threads} threads, edge-steer {edge_steer.__version__}, llama-cpp-python {llama_cpp.__version__}."
+    )
+
+
+def note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The benchmark tells the shares it was given: planted ratios come back, and a limit out of reach is missed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from timing.rounds import Row, Share, rounds_of, table
+from timing.shapes import SHAPES, build
+
+from edge_steer.model_file import read_model
+
+
+def test_a_planted_share_is_found_with_an_interval_around_it() -> None:
+    rng = np.random.default_rng(0)
+    drift = rng.uniform(1, 3, 40)  # what slows a round slows both rows
+    base, row = drift * rng.normal(1, 0.01, 40), drift / 0.9 * rng.normal(1, 0.01, 40)
+    share = Share.of(list(base), list(row))
+    assert share.low < 0.9 < share.high
+    assert share.high - share.low < 0.02
+
+
+def test_rows_with_other_numbers_of_rounds_are_compared_by_their_medians() -> None:
+    share = Share.of([1.0, 1.0, 1.1], [4.0, 4.0])
+    assert share.median == 0.25
+    assert 0.25 <= share.low <= share.high <= 1.1 / 4
+
+
+def test_every_round_runs_every_row_once_in_changing_order() -> None:
+    ran: list[str] = []
+
+    def run(name: str) -> Callable[[], Mapping[str, float]]:
+        return lambda: (ran.append(name), {"token": 1.0})[1]
+
+    rows = [Row(name, run(name)) for name in "abcd"]
+    times = rounds_of(rows, rounds=8, seconds=0, note=lambda _: None)
+    assert {name: len(each) for name, each in times.items()} == dict.fromkeys("abcd", 8)
+    orders = ["".join(ran[i : i + 4]) for i in range(0, 32, 4)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_at_least_two_rounds_are_run_however_short_the_time() -> None:
+    rows = [Row("a", lambda: {"token": 1.0})]
+    assert len(rounds_of(rows, rounds=None, seconds=0, note=lambda _: None)["a"]) == 2
+
+
+def test_the_table_tells_speed_share_and_whether_the_limit_is_met() -> None:
+    def nothing() -> Mapping[str, float]:
+        raise AssertionError
+
+    rows = [
+        Row("plain", nothing),
+        Row("good", nothing, "plain", {"token": 0.99}),
+        Row("slow", nothing, "plain", {"token": 0.99}),
+        Row("other", nothing, "plain", {"token": 0.99}),
+    ]
+    times = {
+        "plain": [{"token": 0.01}] * 3,
+        "good": [{"token": t} for t in (0.0101, 0.0102, 0.01005)],
+        "slow": [{"token": t} for t in (0.0125, 0.0125, 0.0126)],
+        "other": [{"prompt": 1.0}] * 3,
+    }
+    lines = table(rows, times, {"token": "tokens/s"})
+    assert lines[2] == "| plain | 100 | 1 |  |"
+    assert lines[3].endswith("≥ 0.99: met |")
+    assert lines[4] == "| slow | 80 | 0.800 [0.794, 0.800] | ≥ 0.99: **missed** |"
+    assert lines[5] == "| other | – | – |  |"
+
+
+def test_a_shape_s_gguf_has_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timing import shapes
+
+    monkeypatch.setenv("EDGE_STEER_CACHE", str(tmp_path))
+    small = shapes.Shape("Small", 2, 256, 512, 4, 2, vocabulary=300, context=512)
+    monkeypatch.setitem(SHAPES, "small", small)
+    path = build("small")
+    file = read_model(path)
+    assert (file.block_count, file.embedding_length, file.context_length) == (2, 256, 512)
+    assert len(file.tensors) == 2 + 2 * 9
+    assert [each.shape for each in file.tensors if each.name == "blk.1.ffn_up.weight"] == [(256, 512)]
+    changed = path.stat().st_mtime_ns
+    assert build("small") == path
+    assert path.stat().st_mtime_ns == changed
