@@ -106,11 +106,11 @@ class Expected:
         there = np.isfinite(self.rest)
         rest = np.where(there, self.rest, 0.0)
         found += np.where(there, np.exp(rest) * (rest - _rest(other, log_q.shape[-1])), 0.0)
-        return np.maximum(found, 0.0)
+        return np.asarray(np.maximum(found, 0.0))
 
 
 def _rest(kept: NDArray[np.float32], vocabulary: int) -> NDArray[np.float64]:
     """Log of the probability mass (n,) that log-probabilities (n, K) of a vocabulary leave over."""
     if kept.shape[-1] == vocabulary:
         return np.full(len(kept), -np.inf)
-    return np.log(np.maximum(1 - np.exp(kept).sum(axis=-1, dtype=np.float64), 1e-9))
+    return np.asarray(np.log(np.maximum(1 - np.exp(kept).sum(axis=-1, dtype=np.float64), 1e-9)))

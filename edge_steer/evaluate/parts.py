@@ -26,7 +26,7 @@ Part = dict[str, Any]
 
 @dataclass
 class Bench:
-    """A model with all steerings to be measured, off; what it is measured on; what it expects of neutral text, unsteered.
+    """A model with all steerings to be measured, what it is measured on, and what it expects of neutral text unsteered.
 
     The expectations are made when they are first needed and stay in memory, cut to the likeliest tokens.
     """

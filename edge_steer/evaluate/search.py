@@ -114,9 +114,9 @@ def _between(gauge: Gauge, centre: float, sign: int, good: float, bad: float) ->
     if good and 0 < low < limit < high:
         share = math.log(limit / low) / math.log(high / low)
         # A little inside: a position just beyond the limit ends no range.
-        guess = good * (bad / good) ** (share * 0.97)
+        guess = float(good * (bad / good) ** (share * 0.97))
     elif not good and high > limit:
-        guess = bad * math.sqrt(limit / high)  # the divergence grows as the square
+        guess = float(bad * math.sqrt(limit / high))  # the divergence grows as the square
     else:
         guess = (good + bad) / 2
     inset = 0.05 * (bad - good)

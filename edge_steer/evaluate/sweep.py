@@ -7,6 +7,7 @@ come first; questions, answers and their reading follow where a budget needs the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,19 @@ class Curve:
     def both(self) -> float:
         """The largest effect in each direction within the budget, summed."""
         return (self.positive.effect or 0.0) - (self.negative.effect or 0.0)
+
+
+def with_range(curve: Curve) -> Steering:
+    """The steering with its safe range stored, and half of its positive end (or negative, where that is 0) as default
+    dial where it has none.
+
+    Raises SteerError where no position but off is within the budget.
+    """
+    steering, within = curve.steering, curve.within
+    if within is None or within.low == within.high:
+        raise SteerError(f"steering {steering.name!r}: expected a safe range to store, got none within the budget")
+    default = (within.high or within.low) / 2 if math.isnan(steering.angle) else steering.angle
+    return steering.with_(angle_min=within.low, angle_max=within.high, angle=default)
 
 
 def settings(model: Path, material: Material, steerings: Sequence[Steering], scope: str) -> dict[str, Any]:
@@ -105,9 +119,9 @@ class Sweep:
         else:
             centre = search(gauge, steering.operator, effort)
             for _ in range(effort.bends):
-                dial = sharpest_bend(self.points(steering), off, self.budget)
-                if dial is not None:
-                    gauge.light(dial)
+                bend = sharpest_bend(self.points(steering), off, self.budget)
+                if bend is not None:
+                    gauge.light(bend)
         return self.judged(steering, centre)
 
     def judged(self, steering: Steering, centre: float = 0.0, half: Half = None) -> Curve:
