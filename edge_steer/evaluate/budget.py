@@ -11,7 +11,11 @@ from edge_steer.evaluate.figures import Figures
 @dataclass(frozen=True)
 class Budget:
     """kl: nats per token on neutral text, at most. repetition: at most factor × unsteered + slack. retention: of the
-    unsteered accuracy, at least."""
+    unsteered accuracy, at least.
+
+    With 200 questions one answer is half a percent, and some always turn by chance. So where the retention lies within
+    its standard error of the limit, the confidence kept, which moves smoothly, is held to the same limit instead.
+    """
 
     kl: float = 0.25
     repetition_factor: float = 1.5
@@ -25,11 +29,17 @@ class Budget:
             name
             for name, broken in (
                 ("kl", at.kl is not None and at.kl > self.kl),
-                ("retention", at.retention is not None and at.retention < self.retention),
+                ("retention", at.retention is not None and self._lost(at)),
                 ("repetition", at.repetition is not None and at.repetition > most),
             )
             if broken
         ]
+
+    def _lost(self, at: Figures) -> bool:
+        assert at.retention is not None
+        clear = abs(at.retention - self.retention) > (at.retention_error or 0.0)
+        kept = at.retention if clear or at.confidence_kept is None else at.confidence_kept
+        return kept < self.retention
 
     def allows(self, at: Figures, off: Figures) -> bool:
         """Whether all was measured and no limit is broken."""

@@ -26,8 +26,9 @@ class Figures:
     prompts moved along b1, 1 being the distance of the two classes. self_read: change of where the unsteered model
     stands along b1 as it reads the answers, in shares of ‖h‖.
     kl: mean divergence from unsteered on neutral text, nats per token; kl_p99: its 99th percentile over tokens.
-    perplexity: of neutral text. accuracy: share of questions answered right; retention: that over the unsteered one;
-    confidence: mean share of the answer among the options; confidence_kept: that over the unsteered one.
+    perplexity: of neutral text. accuracy: share of questions answered right; retention: that over the unsteered one,
+    with its standard error: √(answers that turned right or wrong), over the right ones unsteered. confidence: mean
+    share of the answer among the options; confidence_kept: that over the unsteered one.
     answer_perplexity (of the answers, unsteered; geometric mean), repetition, language, compression: means over the
     answers. violations, strict_violations: shares of the answers.
     """
@@ -42,6 +43,7 @@ class Figures:
     perplexity: float | None = None
     accuracy: float | None = None
     retention: float | None = None
+    retention_error: float | None = None
     confidence: float | None = None
     confidence_kept: float | None = None
     answer_perplexity: float | None = None
@@ -85,10 +87,11 @@ def figures(dial: float | None, on: Parts, off: Parts, half: Half = None) -> Fig
         }  # fmt: skip
     if "questions" in on:
         now, before = (_items(each["questions"]["scores"], half) for each in (on, off))
-        accuracy, sure = float(correct(now).mean()), float(confidence(now).mean())
+        right, was_right, sure = correct(now), correct(before), float(confidence(now).mean())
         found |= {
-            "accuracy": accuracy,
-            "retention": _over(accuracy, float(correct(before).mean())),
+            "accuracy": float(right.mean()),
+            "retention": _over(right.sum(), was_right.sum()),
+            "retention_error": _over(math.sqrt((right != was_right).sum()), was_right.sum()),
             "confidence": sure,
             "confidence_kept": _over(sure, float(confidence(before).mean())),
         }
@@ -132,4 +135,4 @@ def _array(items: Sequence[Any], half: Half) -> NDArray[np.float64]:
 
 
 def _over(now: float, before: float) -> float:
-    return now / before if before > 0 else math.nan
+    return float(now / before) if before > 0 else math.nan
