@@ -150,12 +150,17 @@ def sweep(
 
 
 def _dials(angles: str | None) -> list[float]:
+    import math
+
     from edge_steer.errors import SteerError
 
     try:
-        return [float(each) for each in angles.split(",")] if angles else []
+        dials = [float(each) for each in angles.split(",")] if angles else []
     except ValueError:
-        raise SteerError(f"expected --angles such as -8,-4,4,8, got {angles}") from None
+        dials = [math.nan]
+    if not all(map(math.isfinite, dials)):
+        raise SteerError(f"expected --angles such as -8,-4,4,8, got {angles}")
+    return sorted({dial for dial in dials if dial})  # 0 is off, which is always measured
 
 
 def _check_folder(folder: Path) -> None:
