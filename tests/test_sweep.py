@@ -145,9 +145,10 @@ def test_an_answer_off_reads_as_off(model: Path, tmp_path: Path) -> None:
     off = begun(model, tmp_path, steering).at(steering, None, whole=True)
     assert (off.gap, off.kl, off.shift, off.self_read, off.retention) == (0, 0, 0, 0, 1)
     turned = begun(model, tmp_path, steering).at(steering, 40.0, whole=True)
-    assert turned.kl and turned.kl > 0.01
-    assert turned.shift and turned.self_read
-    assert turned.kl_p99 and turned.kl_p99 >= turned.kl
+    assert turned.kl_p99 is not None
+    assert turned.kl is not None
+    assert turned.kl_p99 >= turned.kl > 0.01
+    assert turned.shift != 0 != turned.self_read
 
 
 def test_options_are_scored_as_when_each_is_read_from_the_start(model: Path) -> None:

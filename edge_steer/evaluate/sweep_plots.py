@@ -53,21 +53,20 @@ def effect_against_damage(curves: Sequence[Curve], budget: Budget, path: Path, t
         axis.plot([], [], color=colour, marker=marker, label=_label(curve))
         if len(curves) == 1:
             _mark_dials(axis, curve, line, right)
-        _mark_best(axis, curve, colour, len(curves) == 1)
-    near = [p.effect for c in curves for p in c.points if p.effect is not None and (p.kl or 0.0) <= right]
+        _mark_best(axis, curve, colour)
+    near = [p.effect for c in curves for p in c.points if p.effect is not None and (p.kl or 0.0) <= 4 * budget.kl]
     low, high = min([0.0, *near]), max([0.0, *near])
     room = 0.12 * (high - low or 1.0)
     axis.set_ylim(low - room, high + room)
-    axis.set_xlim(-0.01 * right, right)
+    axis.set_xlim(-0.04 * right, right)
     axis.set_xlabel("damage: KL from unsteered on neutral text (nats per token)")
     axis.set_ylabel(_effect_name(curves))
     axis.set_title(title, loc="left", fontsize="medium", parse_math=False)
     axis.text(budget.kl, low - 0.9 * room, " budget", color=_SAFE, fontsize="small", va="bottom")
     if len(curves) > 1:
         axis.legend(frameon=False, fontsize="small", loc="best")
-    axis.text(
-        0.99, 0.01, "filled: within the safe range", transform=axis.transAxes, ha="right", fontsize="small", color=_GREY
-    )  # fmt: skip
+    key = "filled: safe; ring: largest effect within the budget"
+    axis.text(0.99, 0.01, key, transform=axis.transAxes, ha="right", fontsize="small", color=_GREY)
     _plain(axis)
     with whole_file(path, force=True) as part:
         figure.savefig(part, format="png", dpi=150)
@@ -78,16 +77,19 @@ def by_dial(curves: Sequence[Curve], budget: Budget, path: Path, title: str) -> 
     figure = new_figure((1.2 + 5.2 * len(curves), 8.5))
     axes = figure.subplots(4, len(curves), sharex="col", sharey="row", squeeze=False)
     figure.suptitle(title, fontsize="medium", parse_math=False)
+    labels = (
+        _effect_name(curves).replace("effect: change of probe gap", "effect"),
+        "KL on neutral text\n(nats per token)",
+        "questions still right\n(share of unsteered)",
+        "repeated 4-grams\nin its answers",
+    )
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label)
     for column, curve in zip(axes.T, curves, strict=True):
         colour = COLOURS[0]
         repeated = budget.repetition_factor * (curve.off.repetition or 0.0) + budget.repetition_slack
-        rows = (
-            ("effect", _effect_name(curves), None),
-            ("kl", "KL on neutral text\n(nats per token)", budget.kl),
-            ("retention", "questions still right\n(share of unsteered)", budget.retention),
-            ("repetition", "repeated 4-grams\nin its answers", repeated),
-        )
-        for axis, (name, label, limit) in zip(column, rows, strict=True):
+        limits = {"effect": None, "kl": budget.kl, "retention": budget.retention, "repetition": repeated}
+        for axis, (name, limit) in zip(column, limits.items(), strict=True):
             points = [point for point in curve.points if getattr(point, name) is not None]
             x = [point.dial or 0.0 for point in points]
             y = [float(getattr(point, name)) for point in points]
@@ -106,10 +108,16 @@ def by_dial(curves: Sequence[Curve], budget: Budget, path: Path, title: str) -> 
                 axis.axhline(limit, color=_SAFE, linewidth=1, linestyle="--")
             if name == "kl":
                 axis.set_ylim(-0.2 * budget.kl, 4 * budget.kl)
+            if name == "retention":
+                sure = [p.confidence_kept for p in points]
+                axis.plot([p.dial or 0.0 for p in points], sure, "x", color=COLOURS[1], label="confidence kept")
+                axis.legend(frameon=False, fontsize="small", loc="lower center")
+                low, high = axis.get_ylim()
+                axis.set_ylim(min(low, 0.9), max(high, 1.03))
+            if name == "repetition":
+                axis.set_ylim(-0.01, max(axis.get_ylim()[1], 0.2))
             if curve.within is not None and curve.within.high > curve.within.low:
                 axis.axvspan(curve.within.low, curve.within.high, color=_SAFE, alpha=0.08, linewidth=0)
-            if column is axes.T[0]:
-                axis.set_ylabel(label)
             _plain(axis)
         near = [p.dial or 0.0 for p in curve.points if p.kl is not None and p.kl <= 4 * budget.kl]
         if near and curve.steering.operator in ("selective", "addition"):
@@ -154,14 +162,16 @@ def _mark_dials(axis: Any, curve: Curve, line: Sequence[Figures], right: float) 
             continue
         placed.append(at)
         name = "off" if point.dial == 0 else f"{point.dial:+g}{unit(curve)}"
+        # Away from the curve, which runs outward and to the right.
+        beside, side = ((8, 3), "left") if point.dial == 0 else ((-6, 5 if at[1] >= 0 else -12), "right")
         axis.annotate(
-            name, (point.kl, point.effect), xytext=(6, 4 if at[1] >= 0 else -11),
+            name.replace("-", "−"), (point.kl, point.effect), xytext=beside, ha=side,
             textcoords="offset points", fontsize="small", color="black" if point.dial in ends else _GREY,
             fontweight="bold" if point.dial in ends else "normal",
         )  # fmt: skip
 
 
-def _mark_best(axis: Any, curve: Curve, colour: str, alone: bool) -> None:
+def _mark_best(axis: Any, curve: Curve, colour: str) -> None:
     """A ring around the largest effect within the budget, each way."""
     for point in (curve.positive, curve.negative):
         if point.dial is not None and point.kl is not None:
