@@ -32,3 +32,7 @@ native-warnings:
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}
+
+# What every method does within the damage budget: the quality part of docs/results.md (hours; resumes)
+bench-quality *args:
+    {{python}} benchmarks/quality.py {{args}}
