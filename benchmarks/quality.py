@@ -72,6 +72,7 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             steerings = steerings_of(path, preset, methods.split(","), folder / "methods.gguf", recalibrate, run)
             row = measured(path, preset, steerings, folder, quick, run)
+            row["left_out"] = [each for each in methods.split(",") if each not in {made.name for made in steerings}]
             (folder / "row.json").write_text(json.dumps({"model": name, "preset": preset, **row}, indent=1))
             write_page(top, Path(results))
 
@@ -189,9 +190,18 @@ def headline(rows: Sequence[Row]) -> list[str]:
     """The sums over presets and models of both directions' effects, and what the default's is in shares of others'."""
     sums: dict[str, float] = {}
     for row in rows:
-        for each in row["methods"]:
-            sums[each["method"]] = sums.get(each["method"], 0.0) + each["both"]
-    lines = ["| method | effect of both directions, summed | default : this |", "|---|---|---|"]
+        for name, both in [
+            *((each["method"], each["both"]) for each in row["methods"]),
+            *((n, 0) for n in row["left_out"]),
+        ]:
+            sums[name] = sums.get(name, 0.0) + both
+    ratios = [
+        f"{sums[OURS] / sums[name]:.2f} × {what}"
+        for name, what in ((PUBLISHED, "the published method's"), (RIVAL, "addition's along the same directions"))
+        if OURS in sums and sums.get(name, 0.0) > 0
+    ]
+    lines = [f"**The default's effect is {' and '.join(ratios)}.**", ""] if ratios else []
+    lines += ["| method | effect of both directions, summed | default : this |", "|---|---|---|"]
     for name, total in sorted(sums.items(), key=lambda item: -item[1]):
         ratio = f"{sums[OURS] / total:.2f}" if OURS in sums and total > 0 else "–"
         lines.append(f"| {name} | {total:.2f} | {ratio} |")

@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 import tiny
 
 from edge_steer.contrast import load_preset
+from edge_steer.export.embedded import embed
 from edge_steer.steering import Made, Steering, save_all
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -145,6 +146,7 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(place: Path
         ("-s idle.gguf -o out", 1, "steers no site"),
         ("-s ablation.gguf -o out --write", 2, "ablation has none"),
         ("-s standard.gguf -o out --write", 2, "standard has none"),
+        ("-s embedding.gguf -o out --write", 1, "a model that embeds a steering"),
     ],
 )
 def test_what_cannot_be_swept_is_told_in_one_line(
@@ -157,9 +159,24 @@ def test_what_cannot_be_swept_is_told_in_one_line(
         save_all([idle.with_(mask=~idle.mask)], place / "idle.gguf")
         for operator in ("ablation", "standard"):
             steering_for(model, operator).save(place / f"{operator}.gguf")
+        embed(model, place / "embedding.gguf", [(steering_for(model), 8.0)])
     words = [str(tmp_path / "out") if word == "out" else word for word in args.split()]
     found = run("sweep", "-m", model, *words, *ONE_THREAD)
     assert found.exit_code == code, found.stderr
     assert message in found.stderr
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+@pytest.mark.slow
+def test_a_quick_sweep_of_a_real_model_finds_effects_both_ways_within_the_budget(smollm2: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "happy.gguf", tmp_path / "out"
+    ran("calibrate", "-m", smollm2, "--preset", "sentiment", "-o", file)
+    ran("sweep", "-m", smollm2, "-s", file, "-o", out, "--quick", "--write")
+    curve = json.loads((out / "sweep.json").read_text())["curves"][0]
+    assert curve["largest_negative"]["effect"] < -0.2
+    assert curve["largest_positive"]["effect"] > 0.2
+    steering = Steering.load(file)
+    assert steering.angle_min < -2
+    assert steering.angle_max > 2
+    assert max(point["kl"] for point in curve["points"] if point["safe"]) <= 0.25

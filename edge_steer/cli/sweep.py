@@ -80,6 +80,7 @@ def sweep(
     from pathlib import Path
 
     from edge_steer.contrast import read_probes
+    from edge_steer.errors import SteerError
     from edge_steer.evaluate.budget import Budget
     from edge_steer.evaluate.journal import Journal
     from edge_steer.evaluate.material import QUICK, Amounts, material
@@ -87,6 +88,7 @@ def sweep(
     from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
     from edge_steer.evaluate.search import Effort
     from edge_steer.evaluate.sweep import Sweep, settings, with_range
+    from edge_steer.gguf_metadata import read_gguf
     from edge_steer.steering import save_all
 
     begun = time.monotonic()
@@ -109,6 +111,8 @@ def sweep(
         steerings = _calibrated(path, parameters, prompts, str(methods).split(","), folder, force)
     if write and (refused := [each for each in steerings if each.operator not in ("selective", "addition")]):
         raise click.UsageError(f"--write stores a range around off; {refused[0].operator} has none")
+    if write and read_gguf(Path(str(steering)), lambda key: key == "steering.count").tensors:
+        raise SteerError(f"{steering} is a model that embeds a steering; --write needs a steering file of its own")
     amounts = QUICK if quick else Amounts()
     measured_on = material(amounts, own_probes or known_probes, held_out)
     if not measured_on.probes:

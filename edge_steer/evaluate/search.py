@@ -17,6 +17,8 @@ from edge_steer.steering import Operator
 
 # How far beyond the budget curves are followed, so that a plot shows where they go.
 BEYOND = 4.0
+# An end that is expected within this share beyond a position that was measured is not looked for.
+CLOSE = 0.03
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def _side(gauge: Gauge, effort: Effort, centre: float, sign: int, step: float, m
         return
     gauge.whole(_at(centre, sign, bad))  # for the plot: what broke, and how much
     for _ in range(effort.rounds):
-        if bad - good <= 0.05 * bad:
-            break
         offset = _between(gauge, centre, sign, good, bad)
+        if offset - good < CLOSE * offset:
+            break
         if gauge.allowed(_at(centre, sign, offset)):
             good = offset
         else:
@@ -119,8 +121,7 @@ def _between(gauge: Gauge, centre: float, sign: int, good: float, bad: float) ->
         guess = float(bad * math.sqrt(limit / high))  # the divergence grows as the square
     else:
         guess = (good + bad) / 2
-    inset = 0.05 * (bad - good)
-    return min(max(guess, good + inset), bad - inset)
+    return min(guess, bad - 0.05 * (bad - good))
 
 
 def sharpest_bend(points: Sequence[Figures], off: Figures, budget: Budget) -> float | None:
