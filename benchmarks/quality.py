@@ -22,13 +22,15 @@ from typing import Any
 
 import click
 
+from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.remembered import Remembered
 from edge_steer.contrast import load_preset, preset_names
+from edge_steer.errors import SteerError
 from edge_steer.evaluate.budget import Budget
 from edge_steer.evaluate.journal import Journal
 from edge_steer.evaluate.material import QUICK, Amounts, material
-from edge_steer.evaluate.methods import METHODS, calibrated
+from edge_steer.evaluate.methods import METHODS, check_methods
 from edge_steer.evaluate.parts import Bench
 from edge_steer.evaluate.plots import COLOURS, new_figure
 from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
@@ -63,6 +65,7 @@ def main(
 ) -> None:
     """Measure, and write the page."""
     run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
+    check_methods(methods.split(","))
     top = Path(work) / ("quick" if quick else "full")
     for model in models.split(","):
         path, name = resolve(model, fetch=True), Path(model).name.removesuffix(".gguf")
@@ -84,13 +87,20 @@ def steerings_of(
     path: Path, preset: str, methods: Sequence[str], kept: Path, recalibrate: bool, run: dict[str, Any]
 ) -> list[Steering]:
     """A steering for each method that the preset allows, those kept from an earlier run included."""
-    found = {each.name: each for each in Steering.load_all(kept)} if kept.exists() and not recalibrate else {}
-    wanted = [name for name in methods if name not in found]
-    if wanted:
-        recorder = Remembered(NativeRecorder(path, **run))
-        for each in calibrated(recorder, load_preset(preset), wanted, lambda _: None, told):
-            found[each.name] = each
+    found, left_out = {}, set()
+    if kept.exists() and not recalibrate:
+        found = {each.name: each for each in Steering.load_all(kept)}
+        left_out = set(json.loads(kept.with_name("left_out.json").read_text()))
+    if wanted := [name for name in methods if name not in {*found, *left_out}]:
+        recorder, prompts = Remembered(NativeRecorder(path, **run)), load_preset(preset)
+        for name in wanted:
+            try:
+                found[name] = calibrate(recorder, prompts, name=name, **METHODS[name])
+            except SteerError as error:
+                told(f"  {name} is left out: {error}")
+                left_out.add(name)
         save_all(list(found.values()), kept, force=True)
+        kept.with_name("left_out.json").write_text(json.dumps(sorted(left_out)))
     return [each for each in Steering.load_all(kept) if each.name in methods]
 
 
@@ -190,11 +200,10 @@ def headline(rows: Sequence[Row]) -> list[str]:
     """The sums over presets and models of both directions' effects, and what the default's is in shares of others'."""
     sums: dict[str, float] = {}
     for row in rows:
-        for name, both in [
-            *((each["method"], each["both"]) for each in row["methods"]),
-            *((n, 0) for n in row["left_out"]),
-        ]:
-            sums[name] = sums.get(name, 0.0) + both
+        for name in row["left_out"]:
+            sums.setdefault(name, 0.0)
+        for each in row["methods"]:
+            sums[each["method"]] = sums.get(each["method"], 0.0) + each["both"]
     ratios = [
         f"{sums[OURS] / sums[name]:.2f} × {what}"
         for name, what in ((PUBLISHED, "the published method's"), (RIVAL, "addition's along the same directions"))

@@ -239,10 +239,9 @@ def _calibrated(
     check_methods(methods)
     kept = folder / "methods.gguf"
     if kept.exists() and not force:
-        found = Steering.load_all(kept)
-        same = all(each.made.prompts_sha256 == prompts.sha256 for each in found)
-        if same and (chosen := [each for each in found if each.name in methods]):
-            return chosen
+        found = [each for each in Steering.load_all(kept) if each.name in methods]
+        if {each.name for each in found if each.made.prompts_sha256 == prompts.sha256} == set(methods):
+            return found
     with bar("recording", passes(prompts)) as step:
         made = calibrated(Remembered(NativeRecorder(path, **parameters)), prompts, methods, step, options.note)
     folder.mkdir(parents=True, exist_ok=True)
