@@ -22,12 +22,12 @@ class Amounts:
     probes: int = 24
     passages: int = 12
     questions: int = 200
-    answers: int = 8
+    answers: int = 16  # one that runs in circles must not decide
     answer_tokens: int = 48
     held_out: int = 6  # prompts a class
 
 
-QUICK = Amounts(probes=8, passages=6, questions=60, answers=3, answer_tokens=32, held_out=3)
+QUICK = Amounts(probes=8, passages=6, questions=60, answers=4, answer_tokens=32, held_out=3)
 
 
 @dataclass(frozen=True)
