@@ -193,7 +193,7 @@ def test_compare_goes_to_the_ends_of_a_measured_range(model: Path) -> None:
 def test_strength_is_a_share_of_the_measured_range(model: Path) -> None:
     steerings = [
         steering_for(model, name="happy").with_(angle_min=-9.0, angle_max=15.0),
-        steering_for(model, name="raw"),
+        steering_for(model, name="raw", seed=1),
     ]
     llm = SteeredLlama(model, steering=steerings, angles={"happy": None, "raw": None}, **SMALL)
     _, notes, _ = talk(
