@@ -44,7 +44,7 @@ def test_a_sweep_writes_tables_and_pictures_and_the_safe_range(place: Path, tmp_
     shutil.copy(place / "mood.gguf", file)
     command = ["sweep", "-m", place / "llama.gguf", "-s", file, "-o", out, *LENIENT]
     found = ran(*command, "--angles", "-3,3,90", "--write")
-    assert "recommended range: -3° … +3°" in found.stdout
+    assert "mood: recommended range -3° … +3°" in found.stdout
     assert "mood" in found.stderr
     assert "safe" in found.stdout
     for picture in PICTURES:

@@ -301,9 +301,11 @@ def _print(curves: Sequence[Curve], budget: Budget, folder: Path) -> None:
     console = Console()
     if len(curves) == 1:
         console.print(_positions(curves[0], Table))
-        click.echo(_recommended(curves[0]))
+        click.echo(f"\n{_recommended(curves[0])}")
     else:
         console.print(_comparison(curves, Table))
+        for curve in curves:
+            click.echo(_recommended(curve))
     click.echo(f"\n{folder}: sweep.csv, sweep.json, points.jsonl, effect-damage.png, by-angle.png, layers.png")
 
 
@@ -330,16 +332,13 @@ def _positions(curve: Curve, kind: Any) -> Any:
 
 
 def _comparison(curves: Sequence[Curve], kind: Any) -> Any:
-    made = _table(kind, "method", "largest −", "at", "largest +", "at", "both", "range", "stopped by")
+    made = _table(kind, "method", "largest −", "at", "largest +", "at", "both")
     for curve in sorted(curves, key=lambda each: -each.both):
-        within = curve.within
         made.add_row(
             curve.steering.name,
             _shown(curve.negative.effect, "+.3f"), _shown(curve.negative.dial, "+g"),
             _shown(curve.positive.effect, "+.3f"), _shown(curve.positive.dial, "+g"),
             f"{curve.both:.3f}",
-            "none" if within is None else f"{within.low:+g} … {within.high:+g}",
-            "" if within is None else f"{within.stopped_low} / {within.stopped_high}",
         )  # fmt: skip
     return made
 
@@ -348,10 +347,10 @@ def _recommended(curve: Curve) -> str:
     from edge_steer.evaluate.sweep_plots import unit
 
     if curve.within is None:
-        return "\nno position is within the budget"
+        return f"{curve.steering.name}: no position is within the budget"
     sign = unit(curve)
     return (
-        f"\nrecommended range: {curve.within.low:+g}{sign} … {curve.within.high:+g}{sign} "
+        f"{curve.steering.name}: recommended range {curve.within.low:+g}{sign} … {curve.within.high:+g}{sign} "
         f"(limited by {curve.within.stopped_low} and {curve.within.stopped_high}); largest effect in it "
         f"{curve.negative.effect or 0.0:+.3f} and {curve.positive.effect or 0.0:+.3f}"
     )
