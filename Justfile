@@ -36,3 +36,7 @@ bench-probes *args:
 # What steering costs, told on docs/speed.md (some 13 minutes, on a machine that does nothing else)
 bench-speed *args:
     {{python}} benchmarks/speed.py --output docs/speed.md {{args}}
+
+# What every method does within the damage budget: the quality part of docs/results.md (hours; resumes)
+bench-quality *args:
+    {{python}} benchmarks/quality.py {{args}}

@@ -10,44 +10,20 @@ continuation; neutral is the mean log-probability per token of plain prose. Both
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.sums import ClassSums
-from edge_steer.contrast import Probe, Prompt, load_preset, neutral_passages, preset_names
+from edge_steer.calibrate.remembered import Remembered
+from edge_steer.contrast import Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
 from edge_steer.evaluate.metrics import probe_gaps, text_log_probabilities
 from edge_steer.registry import resolve
 from edge_steer.runtime.llama import SteeredLlama
 
 VARIANTS = (("local", "site"), ("local", "all"), ("global", "layer"))
-
-
-class Remembered:
-    """A recorder that records each class once, however many steerings are made from it."""
-
-    def __init__(self, recorder: NativeRecorder) -> None:
-        self.name, self.base, self.sites = recorder.name, recorder.base, recorder.sites
-        self._recorder = recorder
-        self._sums: dict[tuple[Prompt, ...], ClassSums] = {}
-        self._rows: dict[tuple[Prompt, ...], list[NDArray[np.float32]]] = {}
-
-    def sums(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> ClassSums:
-        key = tuple(prompts)
-        if key not in self._sums:
-            self._sums[key] = self._recorder.sums(prompts, step)
-        return self._sums[key]
-
-    def rows(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
-        key = tuple(prompts)
-        if key not in self._rows:
-            self._rows[key] = [row.copy() for row in self._recorder.rows(prompts, step)]
-        yield from self._rows[key]
 
 
 @click.command()

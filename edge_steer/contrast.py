@@ -160,6 +160,18 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
+def read_probes(path: str | Path) -> tuple[Probe, ...]:
+    """The probes in a .jsonl file: "prompt", and an answer of each side, "positive" and "negative".
+
+    Raises SteerError where there is no such file, FormatError with file and line where it holds anything else.
+    """
+    path = Path(path)
+    found = tuple(_made(Probe, path, number, record) for number, record in _jsonl_records(path))
+    if not found:
+        raise FormatError(f"{path}: expected probes, got none; write at least one")
+    return found
+
+
 def prompt_set(positive_path: str | Path, negative_path: str | Path, name: str) -> PromptSet:
     """The prompts of two files as two sides, named after the files. Raises what read_prompts and PromptSet raise."""
     positive, negative = Path(positive_path), Path(negative_path)
@@ -180,6 +192,9 @@ def _made(kind: Callable[..., Any], path: Path, number: int, record: Mapping[str
         return kind(**{"prompt": None, **record})
     except FormatError as error:
         raise FormatError(f"{path}:{number}: {error}") from None
+    except TypeError:
+        got = ", ".join(map(_shown, record))
+        raise FormatError(f"{path}:{number}: expected the keys prompt, positive, negative, got {got}") from None
 
 
 def _text(path: Path) -> str:
@@ -278,7 +293,7 @@ def load_preset(name: str) -> PromptSet:
     if name not in preset_names():
         raise SteerError(f"expected a preset among {', '.join(preset_names())}, got {name!r}; see `edge-steer presets`")
     folder = PRESETS / name
-    about, probes = json.loads(_text(folder / "about.json")), folder / "probes.jsonl"
+    about = json.loads(_text(folder / "about.json"))
     return PromptSet(
         name=about["name"],
         description=about["description"],
@@ -286,7 +301,7 @@ def load_preset(name: str) -> PromptSet:
         negative_name=about["negative"],
         positive=read_prompts(folder / "positive.jsonl"),
         negative=read_prompts(folder / "negative.jsonl"),
-        probes=tuple(_made(Probe, probes, number, record) for number, record in _jsonl_records(probes)),
+        probes=read_probes(folder / "probes.jsonl"),
     )
 
 

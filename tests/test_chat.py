@@ -180,6 +180,33 @@ def test_compare_answers_at_minus_off_and_plus_with_one_seed_and_restores_the_di
     assert not notes
 
 
+def test_compare_goes_to_the_ends_of_a_measured_range(model: Path) -> None:
+    steering = steering_for(model, name="happy").with_(angle_min=-9.0, angle_max=15.0)
+    for dial in (4, None):
+        llm = SteeredLlama(model, steering=steering, angle=dial, **SMALL)
+        said, _, _ = talk(llm, "/compare Hello")
+        shown = [said.index(f"[happy {dial}] ") for dial in ("-9", "off", "+15")]
+        assert shown == sorted(shown)
+        assert llm.angle == dial
+
+
+def test_strength_is_a_share_of_the_measured_range(model: Path) -> None:
+    steerings = [
+        steering_for(model, name="happy").with_(angle_min=-9.0, angle_max=15.0),
+        steering_for(model, name="raw", seed=1),
+    ]
+    llm = SteeredLlama(model, steering=steerings, angles={"happy": None, "raw": None}, **SMALL)
+    _, notes, _ = talk(
+        llm, *(f"/strength {rest}" for rest in ("happy -0.5", "happy 2", "raw 1", "0.5", "sad 1", "happy x"))
+    )
+    assert notes[0] == "happy -4.5, raw off"
+    for note, word in zip(notes[1:], ("-1 to 1", "sweep --write", "NAME", "NAME", "-1 to 1"), strict=True):
+        assert note.startswith("Error: ")
+        assert word in note
+    alone = SteeredLlama(model, steering=steerings[0], angle=None, **SMALL)
+    assert talk(alone, "/strength 0.5")[1] == ["happy +7.5"]
+
+
 def test_an_ablation_is_compared_on_and_off_only(model: Path) -> None:
     llm = SteeredLlama(model, steering=steering_for(model, "ablation", name="no"), **SMALL)
     said, _, _ = talk(llm, "/compare Hello", "/off", "/angle on")
@@ -214,7 +241,7 @@ def test_reset_forgets_and_help_lists_every_command(llm: SteeredLlama) -> None:
     _, notes, chat = talk(llm, "Hello", "/reset", "/help", "", "/quit", "never asked")
     assert not chat.turns
     assert notes[0] == "the conversation is forgotten"
-    for command in ("/angle", "/off", "/compare", "/reset", "/save", "/help", "/quit"):
+    for command in ("/angle", "/strength", "/off", "/compare", "/reset", "/save", "/help", "/quit"):
         assert command in notes[1]
 
 

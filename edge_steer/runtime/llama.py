@@ -424,23 +424,26 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         else:
             self.reset()
 
-    def observe(self, tokens: Sequence[int], record: Record) -> None:
-        """Evaluate a prompt unsteered and record the activations of its last token at every site of `hook_sites`.
+    def observe(self, tokens: Sequence[int], record: Record, *, steered: bool = False) -> None:
+        """Evaluate a prompt and record the activations of its last token at every site of `hook_sites`.
 
-        Tokens it shares with the last prompt are not evaluated again. Raises SteerError where it exceeds the context.
+        Unsteered, or where `steered` under the dials: then a site's activation is what it was before it was turned
+        there itself. Tokens it shares with the last prompt are not evaluated again. Raises SteerError where it exceeds
+        the context.
         """
         tokens = list(tokens)
         if not 0 < len(tokens) <= self.n_ctx():
             raise SteerError(f"expected a prompt of 1 to {self.n_ctx()} tokens, got {len(tokens)}; raise --ctx")
+        actions = self._angles.actions() if steered else self._all_off
         shared = self._shared(tokens[:-1])
-        usable = self._stamps[:shared] == _OFF
+        usable = self._stamps[:shared] == self._state(actions, False)
         self._keep(shared if usable.all() else int(np.flatnonzero(~usable)[0]))
         # The last micro-batch on its own: the only one whose last row is the prompt's last token.
         last = min(len(tokens) - self.n_tokens, int(self.context_params.n_ubatch))
-        self._eval_under(self._all_off, tokens[self.n_tokens : len(tokens) - last])
+        self._eval_under(actions, tokens[self.n_tokens : len(tokens) - last])
         self._hook.record(record)
         try:
-            self._eval_under(self._all_off, tokens[len(tokens) - last :])
+            self._eval_under(actions, tokens[len(tokens) - last :])
         finally:
             self._hook.record(None)
 

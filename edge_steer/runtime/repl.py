@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -14,8 +15,10 @@ from edge_steer.whole_file import whole_file
 HELP = """\
 /angle 8         turn the dial (the coefficient for addition); acts from the next token on
 /angle NAME -5   turn one of several dials
+/strength 0.5    turn the dial to a share of the measured safe range, from -1 to 1
 /off             all dials off
 /compare TEXT    answer TEXT at −, off and +, same seed; not remembered
+                 (at the ends of the safe range where one was measured, else at the last angle and its opposite)
 /reset           forget the conversation
 /save FILE       write the conversation as JSON
 /help            this list
@@ -36,8 +39,8 @@ class Repl:
         self.dials = chat.llm.angles
         self._seen = {name: abs(dial) for name, dial in self.dials.items() if dial}  # what /compare goes to
         self._commands: dict[str, Callable[[str], object]] = {
-            "/angle": self._angle, "/off": self._off, "/compare": self._compare, "/reset": self._reset,
-            "/save": self._save, "/help": lambda _: self.note(HELP),
+            "/angle": self._angle, "/strength": self._strength, "/off": self._off, "/compare": self._compare,
+            "/reset": self._reset, "/save": self._save, "/help": lambda _: self.note(HELP),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -114,6 +117,18 @@ class Repl:
                 self._seen[name] = abs(dial)
         self.note(self.shown_dials())
 
+    def _strength(self, rest: str) -> None:
+        name, _, number = rest.rpartition(" ")
+        steering = next((each for each in self.chat.llm.steerings if each.name == (name.strip() or each.name)), None)
+        if steering is None or (not name and len(self.dials) > 1):
+            known = ", ".join(self.dials) or "(none)"
+            raise SteerError(f"expected /strength NUMBER or /strength NAME NUMBER, of {known}; got /strength {rest}")
+        try:
+            strength = float(number)
+        except ValueError:
+            raise SteerError(f"expected a number from -1 to 1, got /strength {rest}") from None
+        self._angle(f"{steering.name} {steering.at_strength(strength)}")
+
     def _off(self, _: str) -> None:
         self.dials.update(dict.fromkeys(self.dials))
         self.note(self.shown_dials() or "no steering")
@@ -121,14 +136,14 @@ class Repl:
     def _compare(self, text: str) -> None:
         if not text:
             raise SteerError("expected /compare TEXT, got no text")
-        if not self._seen:
+        if not (ends := self._ends()):
             raise SteerError("there is no angle to compare at; set one with /angle first")
         before = dict(self.dials)
         answered = set()
         try:
-            for sign in (-1, None, 1):
-                for name, size in self._seen.items():
-                    self.dials[name] = sign and sign * size
+            for position in range(3):
+                for name, positions in ends.items():
+                    self.dials[name] = positions[position]
                 # An ablation is on or off: its − and + are one.
                 if (actions := self.dials.actions()) not in answered:
                     answered.add(actions)
@@ -136,6 +151,20 @@ class Repl:
                     self._answer(self.chat.try_out(text))
         finally:
             self.dials.update(before)
+
+    def _ends(self) -> dict[str, tuple[float, None, float]]:
+        """What /compare turns each dial to: the ends of its safe range, else the last angle seen and its opposite.
+
+        Of several dials, one that never was on stays off.
+        """
+        found: dict[str, tuple[float, None, float]] = {}
+        for steering in self.chat.llm.steerings:
+            name, low, high = steering.name, steering.angle_min, steering.angle_max
+            if not (math.isnan(low) or math.isnan(high)) and (name in self._seen or len(self.dials) == 1):
+                found[name] = (low, None, high)
+            elif name in self._seen:
+                found[name] = (-self._seen[name], None, self._seen[name])
+        return found
 
     def _reset(self, _: str) -> None:
         self.chat.turns.clear()

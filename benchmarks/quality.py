@@ -1,0 +1,295 @@
+"""How much each method can do within the damage budget: methods × presets × models, and whether safe ranges keep.
+
+    python benchmarks/quality.py                                             # everything; hours on a laptop
+    python benchmarks/quality.py --models smollm2-135m --presets sentiment   # one of each
+    python benchmarks/quality.py --methods local,global,addition             # those of the headline first
+    python benchmarks/quality.py --quick                                     # a look
+
+Everything measured is kept in --work and not measured again: stop it, widen it, run it again. The page (its part of
+docs/results.md, and pictures beside it) is written anew after every preset from all that --work holds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibrate.remembered import Remembered
+from edge_steer.contrast import load_preset, preset_names
+from edge_steer.errors import SteerError
+from edge_steer.evaluate.budget import Budget
+from edge_steer.evaluate.journal import Journal
+from edge_steer.evaluate.material import QUICK, Amounts, material
+from edge_steer.evaluate.methods import METHODS, check_methods
+from edge_steer.evaluate.parts import Bench
+from edge_steer.evaluate.plots import COLOURS, new_figure
+from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
+from edge_steer.evaluate.search import Effort
+from edge_steer.evaluate.sweep import Curve, Sweep, settings
+from edge_steer.evaluate.sweep_plots import effect_against_damage
+from edge_steer.registry import resolve
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.steering import Steering, save_all
+
+DOCS = Path(__file__).parent.parent / "docs"
+BEGIN, END = "<!-- benchmarks/quality.py -->", "<!-- end of benchmarks/quality.py -->"
+# Coarser than a sweep's, for there are dozens of curves; the ends are as well verified.
+EFFORT = Effort(step=4.0, rounds=3, bends=0)
+BUDGET = Budget()
+OURS, PUBLISHED, RIVAL = "local", "global", "addition"
+
+Row = dict[str, Any]  # of one preset on one model: what the page is made from
+
+
+@click.command()
+@click.option("--models", default="smollm2-135m,gemma3-270m", show_default=True)
+@click.option("--presets", default=",".join(preset_names()), show_default=True)
+@click.option("--methods", default=",".join(METHODS), show_default=True)
+@click.option("--quick", is_flag=True, help="Fewer texts and positions; kept apart from the full run.")
+@click.option("--recalibrate", is_flag=True, help="Calibrate again what --work holds; do so after a change of planes.")
+@click.option("--work", default="build/quality", show_default=True, help="Where measurements are kept.")
+@click.option("--results", default=str(DOCS / "results.md"), show_default=True, help="The page; pictures go beside it.")
+@click.option("--threads", default=2, show_default=True)
+def main(
+    models: str, presets: str, methods: str, quick: bool, recalibrate: bool, work: str, results: str, threads: int
+) -> None:
+    """Measure, and write the page."""
+    run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
+    check_methods(methods.split(","))
+    top = Path(work) / ("quick" if quick else "full")
+    for model in models.split(","):
+        path, name = resolve(model, fetch=True), Path(model).name.removesuffix(".gguf")
+        for preset in presets.split(","):
+            print(f"{model}, {preset}", file=sys.stderr, flush=True)
+            folder = top / name / preset
+            folder.mkdir(parents=True, exist_ok=True)
+            steerings = steerings_of(path, preset, methods.split(","), folder / "methods.gguf", recalibrate, run)
+            row = measured(path, preset, steerings, folder, quick, run)
+            row["left_out"] = [each for each in methods.split(",") if each not in {made.name for made in steerings}]
+            (folder / "row.json").write_text(json.dumps({"model": name, "preset": preset, **row}, indent=1))
+            write_page(top, Path(results))
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def steerings_of(
+    path: Path, preset: str, methods: Sequence[str], kept: Path, recalibrate: bool, run: dict[str, Any]
+) -> list[Steering]:
+    """A steering for each method that the preset allows, those kept from an earlier run included."""
+    found, left_out = {}, set()
+    if kept.exists() and not recalibrate:
+        found = {each.name: each for each in Steering.load_all(kept)}
+        left_out = set(json.loads(kept.with_name("left_out.json").read_text()))
+    if wanted := [name for name in methods if name not in {*found, *left_out}]:
+        recorder, prompts = Remembered(NativeRecorder(path, **run)), load_preset(preset)
+        for name in wanted:
+            try:
+                found[name] = calibrate(recorder, prompts, name=name, **METHODS[name])
+            except SteerError as error:
+                told(f"  {name} is left out: {error}")
+                left_out.add(name)
+        save_all(list(found.values()), kept, force=True)
+        kept.with_name("left_out.json").write_text(json.dumps(sorted(left_out)))
+    return [each for each in Steering.load_all(kept) if each.name in methods]
+
+
+def measured(
+    path: Path, preset: str, steerings: Sequence[Steering], folder: Path, quick: bool, run: dict[str, Any]
+) -> Row:
+    """Every method's curve, and the check of a range that one half of the items gave on the other half."""
+    texts = material(QUICK if quick else Amounts(), load_preset(preset).probes)
+    # Each curve is kept by its own fingerprint, so that methods may be added.
+    journal = Journal.open(folder / "points.jsonl", settings(path, texts, (), "all"))
+    effort = QUICK_EFFORT if quick else EFFORT
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*overlap")
+        llm = SteeredLlama(path, steering=steerings, angles={each.name: None for each in steerings}, **run)
+    with closing(llm):
+        bench = Bench(llm, texts)
+        sweep = Sweep(bench, journal, BUDGET, tell=lambda name, at: told(f"  {name} {at.dial} {at.effect} {at.kl}"))
+        curves = [sweep.curve(each, effort) for each in steerings]
+        by_half = Sweep(bench, journal, BUDGET, half=0)
+        kept = {each.name: promise(by_half, each, effort) for each in steerings if each.name == OURS}
+    effect_against_damage(curves, BUDGET, folder / "effect-damage.png", f"{preset} on {path.name}")
+    return {"amounts": asdict(QUICK if quick else Amounts()), "methods": list(map(record, curves)), "promise": kept}
+
+
+def record(curve: Curve) -> Row:
+    """What the page tells of one curve."""
+    return {
+        "method": curve.steering.name,
+        "operator": curve.steering.operator,
+        "sites": len(curve.steering.steered),
+        "negative": curve.negative.record(),
+        "positive": curve.positive.record(),
+        "both": curve.both,
+        "range": None if curve.within is None else asdict(curve.within),
+    }
+
+
+def promise(by_half: Sweep, steering: Steering, effort: Effort) -> Row:
+    """The range that the items of one half allow, and what the items of the other half say at its ends."""
+    within = by_half.curve(steering, effort).within
+    assert within is not None
+    other = by_half.judged(steering, half=1)
+    at = {point.dial: point for point in other.points}
+    ends = {dial: at[dial] for dial in (within.low, within.high) if dial}
+    return {
+        "low": within.low,
+        "high": within.high,
+        "ends": [end.record() for end in ends.values()],  # as the other half has them
+        "broken": {f"{dial:+g}": broken for dial, end in ends.items() if (broken := BUDGET.broken(end, other.off))},
+    }
+
+
+def told(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def write_page(top: Path, results: Path) -> None:
+    """The part of the results page that stands between the two marks, and its pictures."""
+    rows = [json.loads(path.read_text()) for path in sorted(top.glob("*/*/row.json"))]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    parts = [BEGIN, "## Effect within the budget", "", *about(rows[0]), "", *headline(rows), ""]
+    for model in models:
+        mine = [row for row in rows if row["model"] == model]
+        picture = results.parent / f"quality-{model}.png"
+        bars(mine, picture, model)
+        curves = results.parent / f"quality-{model}-{mine[0]['preset']}.png"
+        curves.write_bytes((top / model / mine[0]["preset"] / "effect-damage.png").read_bytes())
+        parts += [f"### {model}", "", f"![Effect of every method within the budget]({picture.name})", ""]
+        parts += [f"![Effect against damage, {mine[0]['preset']}]({curves.name})", "", *table(mine), ""]
+    parts += ["## Do safe ranges keep their promise", "", *promises(rows), "", END]
+    page = results.read_text(encoding="utf-8") if results.exists() else "# Results\n"
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    results.write_text(before.rstrip() + "\n\n" + "\n".join(parts) + "\n" + after, encoding="utf-8")
+
+
+def about(row: Row) -> list[str]:
+    amounts = row["amounts"]
+    return [
+        f"`{' '.join(['python', *sys.argv])}`",
+        "",
+        "For every method the position of its dial with the largest effect each way that keeps within the budget: KL "
+        f"from unsteered at most {BUDGET.kl} nats per token on neutral text, repeated 4-grams at most "
+        f"{BUDGET.repetition_factor} × unsteered + {BUDGET.repetition_slack}, at least {BUDGET.retention:.0%} of the "
+        "questions still right. Effect is the change of the probe gap: the mean log-probability per token of a "
+        "probe's positive minus its negative answer, in nats. Measured through the hook on the quantized model, with "
+        f"{amounts['probes']} probes, {amounts['passages']} passages, {amounts['questions']} questions and "
+        f"{amounts['answers']} answers of {amounts['answer_tokens']} tokens; every position that counts was measured "
+        "itself. How: [sweep.md](sweep.md).",
+    ]
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """The sums over presets and models of both directions' effects, and what the default's is in shares of others'."""
+    sums: dict[str, float] = {}
+    for row in rows:
+        for name in row["left_out"]:
+            sums.setdefault(name, 0.0)
+        for each in row["methods"]:
+            sums[each["method"]] = sums.get(each["method"], 0.0) + each["both"]
+    ratios = [
+        f"{sums[OURS] / sums[name]:.2f} × {what}"
+        for name, what in ((PUBLISHED, "the published method's"), (RIVAL, "addition's along the same directions"))
+        if OURS in sums and sums.get(name, 0.0) > 0
+    ]
+    lines = [f"**The default's effect is {' and '.join(ratios)}.**", ""] if ratios else []
+    lines += ["| method | effect of both directions, summed | default : this |", "|---|---|---|"]
+    for name, total in sorted(sums.items(), key=lambda item: -item[1]):
+        ratio = f"{sums[OURS] / total:.2f}" if OURS in sums and total > 0 else "–"
+        lines.append(f"| {name} | {total:.2f} | {ratio} |")
+    where = ", ".join(f"{row['preset']} on {row['model']}" for row in rows)
+    return [*lines, "", f"Sums over {len(rows)}: {where}. A method that a preset does not allow adds 0."]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| preset | method | sites | largest − | at | largest + | at | both | range | stopped by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for each in sorted(row["methods"], key=lambda method: -method["both"]):
+            low, high, within = each["negative"], each["positive"], each["range"]
+            sign = "" if each["operator"] in ("addition", "ablation") else "°"
+            shown = "none" if within is None else f"{within['low']:+g}{sign} … {within['high']:+g}{sign}"
+            stops = "" if within is None else f"{within['stopped_low']} / {within['stopped_high']}"
+            effects = [f"{end['effect'] or 0.0:+.2f} | {at(end, sign)}" for end in (low, high)]
+            lines.append(
+                f"| {row['preset']} | {each['method']} | {each['sites']} | {' | '.join(effects)} "
+                f"| {each['both']:.2f} | {shown} | {stops} |"
+            )
+    return lines
+
+
+def at(point: Row, sign: str) -> str:
+    return "off" if point["dial"] is None else f"{point['dial']:+g}{sign}"
+
+
+def promises(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "The safe range of the default method as every other probe, passage, question and answer gives it, and what "
+        "the other half of them says at its ends.",
+        "",
+        "| model | preset | range from one half | on the other: KL at its ends | questions | repetition | promise |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    count: dict[str, list[bool]] = {}
+    for row in rows:
+        for found in row["promise"].values():
+            count.setdefault(row["model"], []).append(not found["broken"])
+            broken = "; ".join(f"{dial}°: {', '.join(limits)}" for dial, limits in found["broken"].items())
+            shown = [
+                " / ".join("–" if end[key] is None else format(end[key], form) for end in found["ends"])
+                for key, form in (("kl", ".2f"), ("retention", ".1%"), ("repetition", ".2f"))
+            ]
+            lines.append(
+                f"| {row['model']} | {row['preset']} | {found['low']:+g}° … {found['high']:+g}° | {' | '.join(shown)} "
+                f"| {broken or 'kept'} |"
+            )
+    kept = ", ".join(f"{sum(each)} of {len(each)} on {model}" for model, each in count.items())
+    return [*lines, "", f"Kept: {kept}."]
+
+
+def bars(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Both directions' largest effects of every method, preset by preset."""
+    methods = list(dict.fromkeys(each["method"] for row in rows for each in row["methods"]))
+    figure = new_figure((2 + 1.5 * len(rows), 4.2))
+    axis = figure.subplots()
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        for place, row in enumerate(rows):
+            for each in row["methods"]:
+                if each["method"] == method:
+                    x = place - 0.4 + (number + 0.5) * width
+                    ends = [each[side]["effect"] or 0.0 for side in ("negative", "positive")]
+                    axis.bar(x, ends[1], width * 0.9, color=COLOURS[number])
+                    axis.bar(x, ends[0], width * 0.9, color=COLOURS[number])
+        axis.bar(0, 0, color=COLOURS[number], label=method)
+    axis.axhline(0, color="#666666", linewidth=0.8)
+    axis.set_xticks(range(len(rows)), [row["preset"] for row in rows])
+    axis.set_ylabel("largest effect within the budget\n(change of probe gap, nats per token)")
+    axis.set_title(title, loc="left", fontsize="medium", parse_math=False)
+    axis.legend(frameon=False, fontsize="small", ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.2)
+    figure.savefig(path, format="png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

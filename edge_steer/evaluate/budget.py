@@ -1,0 +1,95 @@
+"""How much damage a user accepts, and the range of the dial that keeps within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edge_steer.evaluate.figures import Figures
+
+
+@dataclass(frozen=True)
+class Budget:
+    """kl: nats per token on neutral text, at most. repetition: at most factor × unsteered + slack. retention: of the
+    unsteered accuracy, at least.
+
+    With 200 questions one answer is half a percent, and some always turn by chance. So where the retention lies within
+    its standard error of the limit, the confidence kept, which moves smoothly, is held to the same limit instead.
+    """
+
+    kl: float = 0.25
+    repetition_factor: float = 1.5
+    repetition_slack: float = 0.05
+    retention: float = 0.97
+
+    def broken(self, at: Figures, off: Figures) -> list[str]:
+        """The limits that the figures break; what was not measured breaks none."""
+        most = self.repetition_factor * (off.repetition or 0.0) + self.repetition_slack
+        return [
+            name
+            for name, broken in (
+                ("kl", at.kl is not None and at.kl > self.kl),
+                ("retention", at.retention is not None and self._lost(at)),
+                ("repetition", at.repetition is not None and at.repetition > most),
+            )
+            if broken
+        ]
+
+    def _lost(self, at: Figures) -> bool:
+        assert at.retention is not None
+        clear = abs(at.retention - self.retention) > (at.retention_error or 0.0)
+        kept = at.retention if clear or at.confidence_kept is None else at.confidence_kept
+        return kept < self.retention
+
+    def allows(self, at: Figures, off: Figures) -> bool:
+        """Whether all was measured and no limit is broken."""
+        return at.whole and not self.broken(at, off)
+
+
+@dataclass(frozen=True)
+class SafeRange:
+    """From `low` to `high` around `centre`, ends included: both were measured and keep within the budget.
+
+    stopped_low, stopped_high: what broke just outside; "end" where nothing did up to the end of the dial.
+    """
+
+    low: float
+    high: float
+    stopped_low: str
+    stopped_high: str
+
+
+def safe_range(points: Iterable[Figures], off: Figures, budget: Budget, centre: float = 0.0) -> SafeRange | None:
+    """The widest range around `centre` of measured positions without one between them that breaks the budget.
+
+    None where `centre` is itself a position that breaks it (0 never is, for operators that are off there).
+    """
+    by_dial = {point.dial: point for point in points if point.dial is not None}
+    if centre in by_dial and budget.broken(by_dial[centre], off):
+        return None
+    ends, stops = [], []
+    for sign in (-1, 1):
+        end, stop = centre, "end"
+        for dial in sorted((d for d in by_dial if (d - centre) * sign > 0), key=lambda d: abs(d - centre)):
+            if broken := budget.broken(by_dial[dial], off):
+                stop = ", ".join(broken)
+                break
+            if by_dial[dial].whole:
+                end = dial
+        ends.append(end)
+        stops.append(stop)
+    return SafeRange(ends[0], ends[1], stops[0], stops[1])
+
+
+def best(points: Sequence[Figures], off: Figures, budget: Budget, within: SafeRange | None) -> tuple[Figures, Figures]:
+    """The positions of largest positive and largest negative effect within the range; off where none does anything."""
+    allowed = [
+        point
+        for point in points
+        if within is not None
+        and point.dial is not None
+        and within.low <= point.dial <= within.high
+        and budget.allows(point, off)
+    ]
+    ranked = sorted([*allowed, off], key=lambda point: point.effect or 0.0)
+    return ranked[-1], ranked[0]

@@ -1,0 +1,85 @@
+"""What a sweep has measured so far: JSON lines, written as they come, read back when it goes on.
+
+The first line says what was measured on what; each other line is one part at one position of one curve.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge_steer.errors import SteerError
+from edge_steer.evaluate.parts import Part
+from edge_steer.whole_file import whole_file
+
+
+class Place(NamedTuple):
+    """curve: the steering's fingerprint; None where the part is the same for all, as everything off is that does not
+    look along a direction. dial: None is off."""
+
+    curve: str | None
+    dial: float | None
+    part: str
+
+
+class Journal:
+    """Parts by place, in memory and in the file. Made by `open`."""
+
+    def __init__(self, path: Path, parts: dict[Place, Part]) -> None:
+        self._path, self._parts = path, parts
+
+    @classmethod
+    def open(cls, path: Path, settings: dict[str, Any], *, force: bool = False) -> Journal:
+        """The journal at `path`, a new one where there is none or `force` is given.
+
+        Raises SteerError where it was written under other settings, or is no journal.
+        """
+        if force or not path.exists():
+            with whole_file(path, force=force) as part:
+                part.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+            return cls(path, {})
+        text = path.read_text(encoding="utf-8", errors="replace")
+        # A line that a stop cut short: its part is measured again.
+        whole = text[: text.rfind("\n") + 1]
+        lines = whole.splitlines()
+        try:
+            before, *records = map(json.loads, lines)
+            parts = {Place(each["curve"], each["dial"], each["part"]): each["value"] for each in records}
+        except (ValueError, KeyError, TypeError):
+            raise SteerError(
+                f"{path}: expected a sweep's journal, got something else; give another -o folder"
+            ) from None
+        if before != settings:
+            differing = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+            raise SteerError(
+                f"{path.parent} holds a sweep with another {', '.join(differing)}; give another -o folder, "
+                "or --force to start anew"
+            )
+        if whole != text:
+            with whole_file(path, force=True) as part:
+                part.write_text(whole, encoding="utf-8")
+        return cls(path, parts)
+
+    def __contains__(self, place: Place) -> bool:
+        return place in self._parts
+
+    def __getitem__(self, place: Place) -> Part:
+        return self._parts[place]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def put(self, place: Place, value: Part) -> None:
+        """Remember a part; on return it is in the file."""
+        line = json.dumps({**place._asdict(), "value": value}, ensure_ascii=False)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise SteerError(f"cannot write {self._path}: {error.strerror or error}; make room and run again") from None
+        self._parts[place] = value
+
+    def dials(self, curve: str) -> list[float]:
+        """The positions of a curve at which something was measured, sorted."""
+        return sorted({place.dial for place in self._parts if place.curve == curve and place.dial is not None})

@@ -1,0 +1,82 @@
+"""What a steering is measured on, and how much of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from edge_steer.contrast import PRESETS, Probe, Prompt, PromptSet, load_preset, neutral_passages, preset_names
+from edge_steer.evaluate.capability import Question, load_questions
+from edge_steer.steering import Steering
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured at one position of the dial."""
+
+    probes: int = 24
+    passages: int = 12
+    questions: int = 200
+    answers: int = 16  # one that runs in circles must not decide
+    answer_tokens: int = 48
+    held_out: int = 6  # prompts a class
+
+
+QUICK = Amounts(probes=8, passages=6, questions=60, answers=4, answer_tokens=32, held_out=3)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The texts that one position of the dial is measured on.
+
+    probes: the effect. passages: neutral text, what changes in them is damage. questions: what the model should still
+    know. openings: prompts that it answers. positive, negative: held-out prompts of the two classes.
+    """
+
+    probes: tuple[Probe, ...]
+    passages: tuple[str, ...]
+    questions: tuple[Question, ...]
+    openings: tuple[str, ...]
+    answer_tokens: int
+    positive: tuple[Prompt, ...] = ()
+    negative: tuple[Prompt, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all of it: figures from other material are other figures."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def material(amounts: Amounts, probes: Sequence[Probe] = (), held_out: PromptSet | None = None) -> Material:
+    """The shipped texts in the `amounts` wanted, spread over each set, with the probes and held-out prompts given."""
+    openings = (PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines()
+    return Material(
+        probes=spread(probes, amounts.probes),
+        passages=spread(neutral_passages(), amounts.passages),
+        questions=spread(load_questions(), amounts.questions),
+        openings=spread(openings, amounts.answers),
+        answer_tokens=amounts.answer_tokens,
+        positive=spread(held_out.positive, amounts.held_out) if held_out else (),
+        negative=spread(held_out.negative, amounts.held_out) if held_out else (),
+    )
+
+
+def spread(items: Sequence[T], count: int) -> tuple[T, ...]:
+    """At most `count` of the items, evenly spread over them."""
+    count = min(count, len(items))
+    return tuple(items[number * len(items) // count] for number in range(count))
+
+
+def preset_of(steering: Steering) -> PromptSet | None:
+    """The preset whose prompts, or first prompts, the steering was calibrated on; None for other prompts."""
+    for name in preset_names():
+        preset = load_preset(name)
+        used = max(steering.made.positive_count, steering.made.negative_count, 1)
+        if steering.made.prompts_sha256 in (preset.sha256, preset.first(used).sha256):
+            return preset
+    return None

@@ -1,0 +1,55 @@
+"""The methods to compare: what each makes of the same recorded prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.sums import Recorder, Step
+from edge_steer.contrast import PromptSet
+from edge_steer.errors import SteerError
+from edge_steer.steering import Steering
+
+# What `calibrate` is asked for. `local` is the default; `global` the published method; `standard` and `adaptive` as
+# published with it; `ablation` and `addition` along the default's directions.
+METHODS: dict[str, dict[str, Any]] = {
+    "local": {},
+    "global": {"plane": "global"},
+    "standard": {"plane": "global", "operator": "standard"},
+    "adaptive": {"plane": "global", "operator": "adaptive"},
+    "ablation": {"operator": "ablation"},
+    "addition": {"operator": "addition"},
+}
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Raise SteerError for a name that is no method, and where one is named twice."""
+    for name in methods:
+        if name not in METHODS:
+            raise SteerError(f"expected methods among {', '.join(METHODS)}, got {name!r}")
+    if len(set(methods)) != len(methods):
+        raise SteerError(f"expected each method once, got {', '.join(methods)}")
+
+
+def calibrated(
+    recorder: Recorder,
+    prompts: PromptSet,
+    methods: Sequence[str],
+    step: Step,
+    note: Callable[[str], object],
+) -> list[Steering]:
+    """A steering for each method, named after it; one that the prompts do not allow is told to `note` and left out.
+
+    Hand in a Remembered recorder, and the prompts are run once. Raises SteerError where no method is left.
+    """
+    check_methods(methods)
+    made = []
+    for name in methods:
+        try:
+            made.append(calibrate(recorder, prompts, name=name, step=step, **METHODS[name]))
+        except SteerError as error:
+            note(f"{name} is left out: {error}")
+    if not made:
+        raise SteerError("expected a method that these prompts allow, got none; see the notes above")
+    return made

@@ -1,0 +1,154 @@
+"""Where to set the dial to measure: outward from off until the damage is plain, then closer to the ends of the budget.
+
+Every position is asked for by its dial; what comes back are figures. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_steer.evaluate.budget import Budget
+from edge_steer.evaluate.figures import Figures
+from edge_steer.steering import Operator
+
+# How far beyond the budget curves are followed, so that a plot shows where they go.
+BEYOND = 4.0
+# An end that is expected within this share beyond a position that was measured is not looked for.
+CLOSE = 0.03
+
+
+@dataclass(frozen=True)
+class Effort:
+    """step: the first step in degrees. rounds: of halving at each end of the range. bends: positions added, each where
+    the curve bends most."""
+
+    step: float = 2.0
+    rounds: int = 3
+    bends: int = 2
+
+
+QUICK = Effort(step=4.0, rounds=1, bends=0)
+# An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
+_PER_DEGREE = math.tan(math.radians(1.0))
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Measures one curve. light: effect and divergence at a dial; whole: those, and all else that a budget asks for."""
+
+    light: Callable[[float], Figures]
+    whole: Callable[[float], Figures]
+    off: Figures
+    budget: Budget
+
+    def allowed(self, dial: float) -> bool:
+        """Whether the budget allows a position; the costly parts are measured only where the cheap ones do."""
+        if self.budget.broken(self.light(dial), self.off):
+            return False
+        return self.budget.allows(self.whole(dial), self.off)
+
+
+def search(gauge: Gauge, operator: Operator, effort: Effort) -> float:
+    """Measure a curve where it matters. Returns the centre of its range: the dial that changes least, 0 where 0 is off.
+
+    `standard` and `adaptive` turn to an angle: their circle is looked over first for where it hurts least. `ablation`
+    has one position.
+    """
+    if operator == "ablation":
+        gauge.allowed(1.0)
+        return 1.0
+    turns_to = operator in ("standard", "adaptive")
+    unit, most = (_PER_DEGREE, 2.0) if operator == "addition" else (1.0, 180.0)
+    centre = _calmest(gauge) if turns_to else 0.0
+    if turns_to and not gauge.allowed(centre):
+        return centre
+    for sign in (-1, 1):
+        _side(gauge, effort, centre, sign, effort.step * unit, most)
+    return centre
+
+
+def _calmest(gauge: Gauge) -> float:
+    """The dial on the circle with the least divergence, to 4 degrees."""
+    found = {float(dial): _kl(gauge.light(float(dial))) for dial in range(0, 360, 30)}
+    for step in (15.0, 7.5, 3.75):
+        least = min(found, key=lambda dial: found[dial])
+        for dial in (least - step, least + step):
+            found[dial] = _kl(gauge.light(dial))
+    return min(found, key=lambda dial: found[dial])
+
+
+def _side(gauge: Gauge, effort: Effort, centre: float, sign: int, step: float, most: float) -> None:
+    """Outward from the centre by doubling, then toward the end of the budget."""
+    reached = step
+    dials = [reached]
+    while _kl(gauge.light(_at(centre, sign, reached))) <= BEYOND * gauge.budget.kl and reached < most:
+        reached = min(2 * reached, most)
+        dials.append(reached)
+    good, bad = 0.0, None
+    for offset in dials:
+        if not gauge.allowed(_at(centre, sign, offset)):
+            bad = offset
+            break
+        good = offset
+    if bad is None:
+        return
+    gauge.whole(_at(centre, sign, bad))  # for the plot: what broke, and how much
+    for _ in range(effort.rounds):
+        offset = _between(gauge, centre, sign, good, bad)
+        if offset - good < CLOSE * offset:
+            break
+        if gauge.allowed(_at(centre, sign, offset)):
+            good = offset
+        else:
+            bad = offset
+
+
+def _between(gauge: Gauge, centre: float, sign: int, good: float, bad: float) -> float:
+    """A position between one within the budget and one beyond: where the divergence should meet its limit, on a
+    straight line in logarithms, if that is what broke; else the middle."""
+    limit = gauge.budget.kl
+    low = _kl(gauge.light(_at(centre, sign, good))) if good else 0.0
+    high = _kl(gauge.light(_at(centre, sign, bad)))
+    if good and 0 < low < limit < high:
+        share = math.log(limit / low) / math.log(high / low)
+        # A little inside: a position just beyond the limit ends no range.
+        guess = float(good * (bad / good) ** (share * 0.97))
+    elif not good and high > limit:
+        guess = float(bad * math.sqrt(limit / high))  # the divergence grows as the square
+    else:
+        guess = (good + bad) / 2
+    return min(guess, bad - 0.05 * (bad - good))
+
+
+def sharpest_bend(points: Sequence[Figures], off: Figures, budget: Budget) -> float | None:
+    """The dial that would show most of where the effect's curve bends; None with fewer than three points.
+
+    Of all three neighbours that span the largest triangle (in shares of the curve's width and height), the middle of
+    the longer leg. Neighbours far beyond the budget count as none.
+    """
+    near = [point for point in points if point.dial is not None and _kl(point) <= BEYOND * budget.kl]
+    curve = sorted({point.dial or 0.0: point.effect or 0.0 for point in [off, *near]}.items())
+    if len(curve) < 3:
+        return None
+    dials, effects = np.array(curve).T
+    x, y = dials / max(np.ptp(dials), 1e-9), effects / max(np.ptp(effects), 1e-9)
+    a, b, c = slice(0, -2), slice(1, -1), slice(2, None)
+    area = np.abs((x[b] - x[a]) * (y[c] - y[a]) - (x[c] - x[a]) * (y[b] - y[a]))
+    middle = int(area.argmax()) + 1
+    left_longer = dials[middle] - dials[middle - 1] >= dials[middle + 1] - dials[middle]
+    beside = dials[middle - 1] if left_longer else dials[middle + 1]
+    return _at(0.0, 1, float(dials[middle] + beside) / 2)
+
+
+def _at(centre: float, sign: int, offset: float) -> float:
+    """The dial at a distance from the centre, in steps that are read easily."""
+    return round(centre + sign * offset, 2 if abs(offset) >= 1 else 4)
+
+
+def _kl(at: Figures) -> float:
+    assert at.kl is not None
+    return at.kl
