@@ -113,7 +113,8 @@ def ggml_library(name: str) -> ctypes.CDLL:
     import llama_cpp
     from llama_cpp._ctypes_extensions import load_shared_library
 
-    return load_shared_library(name, Path(llama_cpp.__file__).parent / "lib")
+    library: ctypes.CDLL = load_shared_library(name, Path(llama_cpp.__file__).parent / "lib")
+    return library
 
 
 @cache
