@@ -235,6 +235,7 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
 
 bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data) {
     steer_hook *hook = user_data;
+    if (hook == NULL || tensor == NULL) return false;
     if (hook->n_on == 0 && !hook->recording) return !ask; /* idle: nothing is looked up */
     if (hook->status != STEER_OK) return false; /* the decode is lost; say no more, Python will read the status */
     const int32_t site = site_of(hook, tensor);

@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from functools import cache
 
 from edge_steer.errors import MismatchError, SteerError
 from edge_steer.runtime.native import LLAMA_CPP_PYTHON, check_library, ggml_library
@@ -112,25 +113,26 @@ def _end(message: bytes) -> None:
 _END = _Abort(_end)  # ggml keeps its address
 
 
+@cache
+def _devices_of(server: str) -> tuple[int, ...]:
+    """ggml's devices on one server. Asked once a process: a server talks to one client at a time, and that is us."""
+    lib, base = _rpc_library(), _base()
+    _greet(server)
+    base.ggml_set_abort_callback(_END)
+    registered = lib.ggml_backend_rpc_add_server(server.encode())
+    if not registered:
+        raise SteerError(f"RPC server {server} has no devices")
+    count = base.ggml_backend_reg_dev_count(registered)
+    return tuple(base.ggml_backend_reg_dev_get(registered, i) for i in range(count))
+
+
 def connect(servers: Sequence[str]) -> tuple[int, ...]:
     """ggml's devices on `servers`, each HOST:PORT, with those of this machine's GPUs behind them.
 
     From then on a lost server ends the process with one line and exit code 1: ggml would abort it. Raises SteerError
     where a server does not answer or this llama.cpp is built without RPC.
     """
-    lib, base = _rpc_library(), _base()
-    for server in servers:
-        _greet(server)
-    base.ggml_set_abort_callback(_END)
-    devices: list[int] = []
-    for server in dict.fromkeys(servers):
-        registered = lib.ggml_backend_rpc_add_server(server.encode())
-        if not registered:
-            raise SteerError(f"RPC server {server} has no devices")
-        devices += [
-            base.ggml_backend_reg_dev_get(registered, i) for i in range(base.ggml_backend_reg_dev_count(registered))
-        ]
-    devices += _local_gpus()
+    devices = [device for server in dict.fromkeys(servers) for device in _devices_of(server)] + _local_gpus()
     if len(devices) > _MOST_DEVICES:
         raise SteerError(f"expected at most {_MOST_DEVICES} devices, got {len(devices)}; name fewer servers")
     return tuple(devices)
