@@ -11,40 +11,36 @@
 #define STEER_WIDE
 #endif
 
-enum { LANES = 16 };
+/* Sums of so many products are added up in float and wide, the sums of those in double. */
+enum { BLOCK = 256 };
 
-/* p1 = h.b1, p2 = h.b2. Partial sums in lanes: the compiler makes vectors of them without reordering additions. */
+/* p1 = h.b1, p2 = h.b2. The pragma allows the compiler to add in another order; without it the sum stays scalar. */
 STEER_WIDE static void dot2(int64_t d, const float *h, const float *b1, const float *b2, float *p1, float *p2) {
-    float s1[LANES] = {0}, s2[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES) {
-        for (int k = 0; k < LANES; k++) {
-            s1[k] += h[i + k] * b1[i + k];
-            s2[k] += h[i + k] * b2[i + k];
-        }
-    }
     double t1 = 0, t2 = 0;
-    for (int k = 0; k < LANES; k++) {
-        t1 += (double)s1[k];
-        t2 += (double)s2[k];
-    }
-    for (; i < d; i++) {
-        t1 += (double)h[i] * (double)b1[i];
-        t2 += (double)h[i] * (double)b2[i];
+    for (int64_t at = 0; at < d; at += BLOCK) {
+        const int64_t end = d - at < BLOCK ? d : at + BLOCK;
+        float s1 = 0, s2 = 0;
+#pragma omp simd reduction(+ : s1, s2)
+        for (int64_t i = at; i < end; i++) {
+            s1 += h[i] * b1[i];
+            s2 += h[i] * b2[i];
+        }
+        t1 += (double)s1;
+        t2 += (double)s2;
     }
     *p1 = (float)t1;
     *p2 = (float)t2;
 }
 
 STEER_WIDE static float dot(int64_t d, const float *h, const float *b) {
-    float s[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES) {
-        for (int k = 0; k < LANES; k++) s[k] += h[i + k] * b[i + k];
-    }
     double t = 0;
-    for (int k = 0; k < LANES; k++) t += (double)s[k];
-    for (; i < d; i++) t += (double)h[i] * (double)b[i];
+    for (int64_t at = 0; at < d; at += BLOCK) {
+        const int64_t end = d - at < BLOCK ? d : at + BLOCK;
+        float s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t i = at; i < end; i++) s += h[i] * b[i];
+        t += (double)s;
+    }
     return (float)t;
 }
 

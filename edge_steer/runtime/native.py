@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -109,12 +110,19 @@ class Record:
 
 
 def ggml_library(name: str) -> ctypes.CDLL:
-    """One of ggml's libraries as llama-cpp-python loaded it. Raises FileNotFoundError where its build has none."""
-    import llama_cpp
+    """The ggml that llama.cpp itself runs on, through llama.cpp's own handle: symbols are found in what it links to.
+
+    A wheel holds each library under three names, as copies: to load one by its file name would be a second ggml with
+    globals of its own. On Windows, where there is one copy and no such search, it is the library `name`. A function
+    that this build lacks is an AttributeError, a library that it lacks on Windows a FileNotFoundError.
+    """
+    from llama_cpp import llama_cpp as bindings
     from llama_cpp._ctypes_extensions import load_shared_library
 
-    library: ctypes.CDLL = load_shared_library(name, Path(llama_cpp.__file__).parent / "lib")
-    return library
+    if sys.platform == "win32":
+        library: ctypes.CDLL = load_shared_library(name, Path(bindings.__file__).parent / "lib")
+        return library
+    return ctypes.CDLL(bindings._lib._name, handle=bindings._lib._handle)
 
 
 @cache

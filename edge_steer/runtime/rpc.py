@@ -34,15 +34,14 @@ def _rpc_library() -> ctypes.CDLL:
     check_library()
     try:
         lib = ggml_library("ggml-rpc")
-    except FileNotFoundError:
+        add, start = lib.ggml_backend_rpc_add_server, lib.ggml_backend_rpc_start_server
+    except (AttributeError, FileNotFoundError):
         raise SteerError(
             "this llama-cpp-python is built without RPC; build it with: CMAKE_ARGS=-DGGML_RPC=ON pip install "
             f"--force-reinstall --no-deps --no-cache-dir llama-cpp-python=={LLAMA_CPP_PYTHON}"
         ) from None
-    lib.ggml_backend_rpc_add_server.argtypes = [c_char_p]
-    lib.ggml_backend_rpc_add_server.restype = c_void_p
-    lib.ggml_backend_rpc_start_server.argtypes = [c_char_p, c_char_p, c_size_t, c_size_t, ctypes.POINTER(c_void_p)]
-    lib.ggml_backend_rpc_start_server.restype = None
+    add.argtypes, add.restype = [c_char_p], c_void_p
+    start.argtypes, start.restype = [c_char_p, c_char_p, c_size_t, c_size_t, ctypes.POINTER(c_void_p)], None
     return lib
 
 

@@ -1,7 +1,7 @@
 /* How many instructions the hook costs a token: a graph as SmolLM2-135M's, asked for node by node as llama.cpp does,
  * 59 sites of width 576, three steerings. To be run under callgrind, which counts them for each function:
  *
- *     cc -std=gnu11 -O3 -g -I native native/steer*.c native/tests/cost.c -lm -o cost
+ *     cc -std=gnu11 -O3 -g -fopenmp-simd -ffp-contract=fast -I native native/steer*.c native/tests/cost.c -lm -o cost
  *     valgrind --tool=callgrind --toggle-collect=steer_eval ./cost 3
  *
  * The argument is the number of steerings that are on. 1000 tokens; the first, which fills the table, is one of them.
