@@ -27,7 +27,22 @@ format:
 # The C library with every warning an error, by each compiler there is
 native-warnings:
     for cc in gcc clang; do if command -v $cc >/dev/null; then \
-      $cc -std=gnu11 -O3 -Wall -Wextra -Wconversion -Werror -fsyntax-only native/steer.c && echo "$cc: no warnings"; fi; done
+      $cc -std=gnu11 -O3 -fopenmp-simd -Wall -Wextra -Wconversion -Wshadow -Werror -fsyntax-only -I native \
+        native/*.c native/tests/*.c && echo "$cc: no warnings"; fi; done
+
+# The C library on a fake ggml, under the address and undefined-behaviour sanitizers
+native-test:
+    mkdir -p build
+    cc -std=gnu11 -g -O1 -fopenmp-simd -fsanitize=address,undefined -fno-sanitize-recover -DSTEER_NO_CLONES -I native \
+      native/*.c native/tests/fake_ggml.c native/tests/test_steer.c -lm -o build/test_steer
+    build/test_steer
+
+# Instructions the hook costs a token, by callgrind: with no steering on, one, three
+native-cost:
+    mkdir -p build
+    cc -std=gnu11 -O3 -g -fopenmp-simd -ffp-contract=fast -I native native/*.c native/tests/cost.c -lm -o build/cost
+    for on in 0 1 3; do valgrind --tool=callgrind --toggle-collect=steer_eval \
+      --callgrind-out-file=build/cost.$on build/cost $on 2>&1 | grep -E "Collected|a token"; done
 
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:

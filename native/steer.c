@@ -1,44 +1,14 @@
-#include "steer.h"
+#include "steer_parts.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Wide vectors where the processor has them, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(STEER_NO_CLONES)
-#define STEER_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define STEER_WIDE
-#endif
-
-enum { MAX_KINDS = 16, NAME = 24, LANES = 16, MAX_NODES = 1 << 16, NOT_A_SITE = -1 };
-
-struct steering {
-    int32_t op;
-    bool on;
-    float x, y, z;
-    int32_t n;
-    int32_t *site;  /* n, kept to count what is on */
-    float *basis;   /* planes x rank x d */
-};
-
-/* One steering at one site. */
-struct act {
-    int32_t steering;
-    float scale;
-    const float *b1, *b2;
-};
-
-struct site {
-    int32_t kind, layer;
-    int32_t n_on; /* steerings here that are on */
-    int32_t n_acts;
-    struct act *acts; /* in the order in which the steerings were added */
-};
+enum { MAX_KINDS = 16, NAME = 24, MAX_NODES = 1 << 16, NOT_A_SITE = -1 };
 
 /* A graph node, recognised by its address for as long as its name is the same: llama.cpp reuses a graph from token
- * to token, and reuses the memory when it builds another. */
+ * to token, and reuses the memory when it builds another. All NAME bytes are compared, also those behind the name's
+ * end: three loads, and a difference there costs no more than parsing the name again. */
 struct node {
     const struct ggml_tensor *tensor;
     char name[NAME];
@@ -47,9 +17,10 @@ struct node {
 
 struct steer_hook {
     struct steer_ggml ggml;
+    struct steer_device_ggml device_ggml; /* ggml.device, where that is not null */
     int64_t d;
     int32_t path;
-    int32_t n_kinds, n_sites, n_steerings;
+    int32_t n_kinds, n_sites, n_steerings, n_on;
     char kind[MAX_KINDS][NAME];
     struct site *sites;
     struct steering *steerings;
@@ -60,89 +31,12 @@ struct steer_hook {
     int32_t n_nodes, n_slots;
     int32_t layer; /* of the numbered site last asked for: a node without a number belongs to it */
     int32_t status, failed_site;
+    struct steer_device *devices;
     float *scratch;
     size_t scratch_size;
 };
 
 int32_t steer_abi(void) { return STEER_ABI; }
-
-/* ---- the mathematics ------------------------------------------------------------------------------------------ */
-
-/* p1 = h.b1, p2 = h.b2. Partial sums in lanes: the compiler makes vectors of them without reordering additions. */
-STEER_WIDE static void dot2(int64_t d, const float *h, const float *b1, const float *b2, float *p1, float *p2) {
-    float s1[LANES] = {0}, s2[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES) {
-        for (int k = 0; k < LANES; k++) {
-            s1[k] += h[i + k] * b1[i + k];
-            s2[k] += h[i + k] * b2[i + k];
-        }
-    }
-    double t1 = 0, t2 = 0;
-    for (int k = 0; k < LANES; k++) {
-        t1 += (double)s1[k];
-        t2 += (double)s2[k];
-    }
-    for (; i < d; i++) {
-        t1 += (double)h[i] * (double)b1[i];
-        t2 += (double)h[i] * (double)b2[i];
-    }
-    *p1 = (float)t1;
-    *p2 = (float)t2;
-}
-
-STEER_WIDE static float dot(int64_t d, const float *h, const float *b) {
-    float s[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES) {
-        for (int k = 0; k < LANES; k++) s[k] += h[i + k] * b[i + k];
-    }
-    double t = 0;
-    for (int k = 0; k < LANES; k++) t += (double)s[k];
-    for (; i < d; i++) t += (double)h[i] * (double)b[i];
-    return (float)t;
-}
-
-STEER_WIDE static void add2(int64_t d, float *restrict h, float q1, const float *restrict b1, float q2,
-                            const float *restrict b2) {
-    for (int64_t i = 0; i < d; i++) h[i] += q1 * b1[i] + q2 * b2[i];
-}
-
-STEER_WIDE static void add1(int64_t d, float *restrict h, float q, const float *restrict b) {
-    for (int64_t i = 0; i < d; i++) h[i] += q * b[i];
-}
-
-static void turn_row(int64_t d, float *h, const struct steering *s, const struct act *act) {
-    float p1, p2;
-    switch (s->op) {
-    case STEER_TURN_BY:
-        dot2(d, h, act->b1, act->b2, &p1, &p2);
-        add2(d, h, s->x * p1 - s->y * p2, act->b1, s->x * p2 + s->y * p1, act->b2);
-        break;
-    case STEER_TURN_TO: {
-        dot2(d, h, act->b1, act->b2, &p1, &p2);
-        if (!(p1 > s->z)) break;
-        const float r = hypotf(p1, p2);
-        add2(d, h, s->x * r - p1, act->b1, s->y * r - p2, act->b2);
-        break;
-    }
-    case STEER_ABLATE:
-        add1(d, h, -dot(d, h, act->b1), act->b1);
-        break;
-    case STEER_ADD:
-        add1(d, h, s->x * act->scale, act->b1);
-        break;
-    }
-}
-
-static void turn_rows(const steer_hook *hook, const struct site *site, float *rows, int64_t n) {
-    for (int64_t row = 0; row < n; row++) {
-        for (int32_t a = 0; a < site->n_acts; a++) {
-            const struct steering *s = &hook->steerings[site->acts[a].steering];
-            if (s->on) turn_row(hook->d, rows + row * hook->d, s, &site->acts[a]);
-        }
-    }
-}
 
 static void record_row(const steer_hook *hook, int32_t site, const float *h) {
     const struct steer_record *to = &hook->record;
@@ -221,34 +115,88 @@ static bool grow(steer_hook *hook) {
     return true;
 }
 
-/* The site of a node, or NOT_A_SITE. Its name is parsed once per graph; afterwards it is only compared. */
+/* Parses the name of a node that is new, or another than at this address before. */
+static struct node *learn(steer_hook *hook, struct node *node, const struct ggml_tensor *tensor, const char *name) {
+    if (node == NULL || node->tensor == NULL) {
+        if (2 * (hook->n_nodes + 1) > hook->n_slots) {
+            if (!grow(hook)) return NULL;
+            node = slot_for(hook->nodes, hook->n_slots, tensor);
+        }
+        hook->n_nodes++;
+    }
+    node->tensor = tensor;
+    memcpy(node->name, name, NAME);
+    node->site = resolve(hook, name);
+    return node;
+}
+
+/* The site of a node, or NOT_A_SITE. */
 static int32_t site_of(steer_hook *hook, const struct ggml_tensor *tensor) {
     struct node *node = hook->n_slots ? slot_for(hook->nodes, hook->n_slots, tensor) : NULL;
     const char *name = hook->ggml.get_name(tensor);
-    if (node == NULL || node->tensor == NULL || strncmp(node->name, name, NAME - 1) != 0) {
-        if (node == NULL || node->tensor == NULL) {
-            if (2 * (hook->n_nodes + 1) > hook->n_slots) {
-                if (!grow(hook)) {
-                    hook->status = STEER_NO_MEMORY;
-                    return NOT_A_SITE;
-                }
-                node = slot_for(hook->nodes, hook->n_slots, tensor);
-            }
-            hook->n_nodes++;
+    if (node == NULL || node->tensor == NULL || memcmp(node->name, name, NAME) != 0) {
+        node = learn(hook, node, tensor, name);
+        if (node == NULL) {
+            hook->status = STEER_NO_MEMORY;
+            return NOT_A_SITE;
         }
-        node->tensor = tensor;
-        strncpy(node->name, name, NAME - 1);
-        node->name[NAME - 1] = '\0';
-        node->site = resolve(hook, name);
     }
-    if (node->site >= 0) {
-        hook->layer = hook->sites[node->site].layer;
-        return node->site;
-    }
-    return node->site == NOT_A_SITE ? NOT_A_SITE : find_site(hook, -2 - node->site, hook->layer);
+    if (node->site == NOT_A_SITE) return NOT_A_SITE;
+    if (node->site < 0) return find_site(hook, -2 - node->site, hook->layer);
+    hook->layer = hook->sites[node->site].layer;
+    return node->site;
 }
 
-/* ---- llama.cpp's side ----------------------------------------------------------------------------------------- */
+/* ---- the ways to a tensor's memory ---------------------------------------------------------------------------- */
+
+static int32_t act_in_place(steer_hook *hook, int32_t site, struct ggml_tensor *tensor, int64_t n) {
+    float *rows = hook->ggml.get_data(tensor);
+    if (rows == NULL) return STEER_NO_BUFFER;
+    if (hook->recording) record_row(hook, site, rows + (n - 1) * hook->d);
+    steer_turn_rows(hook->steerings, &hook->sites[site], hook->d, rows, n);
+    return STEER_OK;
+}
+
+/* Room for n rows on their way to and from a device. */
+static float *scratch(steer_hook *hook, int64_t n) {
+    const size_t size = (size_t)(n * hook->d) * sizeof(float);
+    if (hook->scratch_size < size) {
+        float *grown = realloc(hook->scratch, size);
+        if (grown == NULL) return NULL;
+        hook->scratch = grown;
+        hook->scratch_size = size;
+    }
+    return hook->scratch;
+}
+
+static int32_t record_copy(steer_hook *hook, int32_t site, const struct ggml_tensor *tensor, int64_t n) {
+    const size_t row_size = (size_t)hook->d * sizeof(float);
+    float *row = scratch(hook, 1);
+    if (row == NULL) return STEER_NO_MEMORY;
+    hook->ggml.tensor_get(tensor, row, (size_t)(n - 1) * row_size, row_size);
+    record_row(hook, site, row);
+    return STEER_OK;
+}
+
+static int32_t turn_on_device(steer_hook *hook, int32_t site, const struct ggml_tensor *tensor, void *buffer, bool host,
+                              int64_t n) {
+    const struct steer_device_ggml *ggml = hook->ggml.device;
+    if (ggml == NULL) return STEER_NO_DEVICE;
+    void *device = host ? ggml->host_device : ggml->buft_get_device(ggml->buffer_get_type(buffer));
+    if (device == NULL) return STEER_NO_DEVICE;
+    return steer_turn_on_device(&hook->devices, ggml, device, hook->steerings, hook->n_steerings, &hook->sites[site],
+                                hook->d, buffer, hook->ggml.get_data(tensor), n);
+}
+
+static int32_t turn_copy(steer_hook *hook, int32_t site, struct ggml_tensor *tensor, int64_t n) {
+    float *rows = scratch(hook, n);
+    if (rows == NULL) return STEER_NO_MEMORY;
+    const size_t size = (size_t)(n * hook->d) * sizeof(float);
+    hook->ggml.tensor_get(tensor, rows, 0, size);
+    steer_turn_rows(hook->steerings, &hook->sites[site], hook->d, rows, n);
+    hook->ggml.tensor_set(tensor, rows, 0, size);
+    return STEER_OK;
+}
 
 static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor) {
     const struct steer_ggml *ggml = &hook->ggml;
@@ -261,40 +209,34 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
     hook->reached[site]++;
     if (type != ggml->type_f32) return STEER_BAD_TYPE;
     if (n == 0) return STEER_OK; /* the last block of a micro-batch without outputs */
-    if (elements != n * hook->d) return STEER_BAD_WIDTH;
+    if (n < 0 || elements != n * hook->d) return STEER_BAD_WIDTH;
     if (!ggml->is_contiguous(tensor)) return STEER_BAD_LAYOUT;
     if (buffer == NULL) return STEER_NO_BUFFER;
 
-    const bool turn = hook->sites[site].n_on > 0;
-    const bool in_place = hook->path != STEER_PATH_COPY && ggml->buffer_is_host(buffer);
-    if (hook->path == STEER_PATH_HOST && !in_place) return STEER_NO_BUFFER;
-    if (in_place) {
-        float *rows = ggml->get_data(tensor);
-        if (rows == NULL) return STEER_NO_BUFFER;
-        if (hook->recording) record_row(hook, site, rows + (n - 1) * hook->d);
-        if (turn) turn_rows(hook, &hook->sites[site], rows, n);
+    const bool host = ggml->buffer_is_host(buffer), turn = hook->sites[site].n_on > 0;
+    int32_t status = STEER_OK;
+    if (host && (hook->path == STEER_PATH_AUTO || hook->path == STEER_PATH_HOST)) {
+        status = act_in_place(hook, site, tensor, n);
+    } else if (hook->path == STEER_PATH_HOST) {
+        status = STEER_NO_BUFFER;
     } else {
-        const int64_t first = turn ? 0 : n - 1; /* a recorder needs the last row only */
-        const size_t row_size = (size_t)hook->d * sizeof(float), size = (size_t)(n - first) * row_size;
-        if (hook->scratch_size < size) {
-            float *scratch = realloc(hook->scratch, size);
-            if (scratch == NULL) return STEER_NO_MEMORY;
-            hook->scratch = scratch;
-            hook->scratch_size = size;
-        }
-        ggml->tensor_get(tensor, hook->scratch, (size_t)first * row_size, size);
-        if (hook->recording) record_row(hook, site, hook->scratch + (n - 1 - first) * hook->d);
-        if (turn) {
-            turn_rows(hook, &hook->sites[site], hook->scratch, n);
-            ggml->tensor_set(tensor, hook->scratch, 0, size);
+        if (hook->recording) status = record_copy(hook, site, tensor, n);
+        if (status == STEER_OK && turn) {
+            status = hook->path == STEER_PATH_COPY ? STEER_NO_DEVICE
+                                                   : turn_on_device(hook, site, tensor, buffer, host, n);
+            if (status == STEER_NO_DEVICE && hook->path != STEER_PATH_DEVICE) status = turn_copy(hook, site, tensor, n);
         }
     }
-    if (turn) hook->turned[site] += n;
-    return STEER_OK;
+    if (status == STEER_OK && turn) hook->turned[site] += n;
+    return status;
 }
+
+/* ---- llama.cpp's side ----------------------------------------------------------------------------------------- */
 
 bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data) {
     steer_hook *hook = user_data;
+    if (hook == NULL || tensor == NULL) return false;
+    if (hook->n_on == 0 && !hook->recording) return !ask; /* idle: nothing is looked up */
     if (hook->status != STEER_OK) return false; /* the decode is lost; say no more, Python will read the status */
     const int32_t site = site_of(hook, tensor);
     if (ask) return site >= 0 && (hook->recording || hook->sites[site].n_on > 0);
@@ -313,17 +255,31 @@ static bool has_functions(const struct steer_ggml *g) {
            g->tensor_get && g->tensor_set;
 }
 
+static bool has_device_functions(const struct steer_device_ggml *g) {
+    return g->buffer_get_type && g->buft_get_device && g->dev_type && g->dev_init && g->dev_supports_op &&
+           g->backend_free && g->get_default_buffer_type && g->graph_compute && g->alloc_ctx_tensors &&
+           g->buffer_free && g->tensor_alloc && g->tensor_set && g->gallocr_new && g->gallocr_reserve &&
+           g->gallocr_alloc_graph && g->gallocr_free && g->init && g->reset && g->free && g->tensor_overhead &&
+           g->graph_overhead_custom && g->new_graph_custom && g->build_forward_expand && g->graph_n_nodes &&
+           g->graph_node && g->new_tensor_2d && g->view_2d && g->mul_mat && g->add_inplace && g->sub && g->mul &&
+           g->scale && g->sqr && g->sqrt && g->sum_rows && g->step;
+}
+
 int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_sites, const char *const *kind,
                   const int32_t *layer, int64_t *reached, int64_t *turned, steer_hook **out) {
     if (out == NULL) return STEER_BAD_ARGUMENT;
     *out = NULL;
-    if (!ggml || !has_functions(ggml) || d < 1 || d > 1 << 24 || n_sites < 1 || n_sites > 1 << 20 || !kind || !layer ||
+    if (!ggml || !has_functions(ggml) || (ggml->device && !has_device_functions(ggml->device)) || d < 1 || d > 1 << 24 || n_sites < 1 || n_sites > 1 << 20 || !kind || !layer ||
         !reached || !turned) {
         return STEER_BAD_ARGUMENT;
     }
     steer_hook *hook = calloc(1, sizeof *hook);
     if (hook == NULL) return STEER_NO_MEMORY;
     hook->ggml = *ggml;
+    if (ggml->device) {
+        hook->device_ggml = *ggml->device;
+        hook->ggml.device = &hook->device_ggml;
+    }
     hook->d = d;
     hook->reached = reached;
     hook->turned = turned;
@@ -358,6 +314,7 @@ void steer_free(steer_hook *hook) {
         free(hook->steerings[i].site);
         free(hook->steerings[i].basis);
     }
+    steer_free_devices(hook->devices, hook->ggml.device);
     free(hook->sites);
     free(hook->steerings);
     free(hook->nodes);
@@ -366,51 +323,63 @@ void steer_free(steer_hook *hook) {
 }
 
 int32_t steer_set_path(steer_hook *hook, int32_t path) {
-    if (hook == NULL || path < STEER_PATH_AUTO || path > STEER_PATH_COPY) return STEER_BAD_ARGUMENT;
+    if (hook == NULL || path < STEER_PATH_AUTO || path > STEER_PATH_DEVICE) return STEER_BAD_ARGUMENT;
     hook->path = path;
     return STEER_OK;
+}
+
+static bool all_finite(const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) return false;
+    }
+    return true;
 }
 
 int32_t steer_add(steer_hook *hook, int32_t op, int32_t n, const int32_t *site, const int32_t *plane,
                   const float *scale, int32_t n_planes, const float *basis, int32_t *id) {
     if (!hook || op < STEER_TURN_BY || op > STEER_ADD || n < 1 || !site || !plane || n_planes < 1 ||
-        n_planes > 1 << 20 || !basis || !id || (op == STEER_ADD && !scale)) {
+        n_planes > 1 << 20 || !basis || !id || (op == STEER_ADD && !scale) || hook->n_steerings == 1 << 20) {
         return STEER_BAD_ARGUMENT;
     }
-    const int64_t rank = op == STEER_TURN_BY || op == STEER_TURN_TO ? 2 : 1;
+    const int32_t rank = op == STEER_TURN_BY || op == STEER_TURN_TO ? 2 : 1;
     for (int32_t i = 0; i < n; i++) {
-        if (site[i] < 0 || site[i] >= hook->n_sites || plane[i] < 0 || plane[i] >= n_planes) return STEER_BAD_ARGUMENT;
+        if (site[i] < 0 || site[i] >= hook->n_sites || (i > 0 && site[i] <= site[i - 1]) || plane[i] < 0 ||
+            plane[i] >= n_planes) {
+            return STEER_BAD_ARGUMENT;
+        }
     }
+    const int64_t basis_length = (int64_t)n_planes * rank * hook->d;
+    if (!all_finite(basis, basis_length) || (scale && !all_finite(scale, n))) return STEER_BAD_ARGUMENT;
     struct steering *grown = realloc(hook->steerings, (size_t)(hook->n_steerings + 1) * sizeof *grown);
     if (grown == NULL) return STEER_NO_MEMORY;
     hook->steerings = grown;
+    /* Room at every site first, so that a failure leaves no site with half a steering. */
+    for (int32_t i = 0; i < n; i++) {
+        struct site *at = &hook->sites[site[i]];
+        struct act *acts = realloc(at->acts, (size_t)(at->n_acts + 1) * sizeof *acts);
+        if (acts == NULL) return STEER_NO_MEMORY;
+        at->acts = acts;
+    }
+    const size_t site_size = (size_t)n * sizeof *site, basis_size = (size_t)basis_length * sizeof(float);
     struct steering *s = &grown[hook->n_steerings];
-    const size_t basis_size = (size_t)(n_planes * rank * hook->d) * sizeof(float);
-    *s = (struct steering){.op = op, .n = n, .site = malloc((size_t)n * sizeof *site), .basis = malloc(basis_size)};
+    *s = (struct steering){.op = op, .n = n, .n_planes = n_planes, .rank = rank};
+    s->site = malloc(site_size);
+    s->basis = malloc(basis_size);
     if (s->site == NULL || s->basis == NULL) {
         free(s->site);
         free(s->basis);
         return STEER_NO_MEMORY;
     }
-    memcpy(s->site, site, (size_t)n * sizeof *site);
+    memcpy(s->site, site, site_size);
     memcpy(s->basis, basis, basis_size);
-
-    /* Room at every site first, so that a failure leaves no site with half a steering. */
     for (int32_t i = 0; i < n; i++) {
         struct site *at = &hook->sites[site[i]];
-        struct act *acts = realloc(at->acts, (size_t)(at->n_acts + n) * sizeof *acts);
-        if (acts == NULL) {
-            free(s->site);
-            free(s->basis);
-            return STEER_NO_MEMORY;
-        }
-        at->acts = acts;
-    }
-    for (int32_t i = 0; i < n; i++) {
-        struct site *at = &hook->sites[site[i]];
-        const float *b1 = s->basis + plane[i] * rank * hook->d;
-        at->acts[at->n_acts++] = (struct act){
-            .steering = hook->n_steerings, .scale = scale ? scale[i] : 0, .b1 = b1, .b2 = rank == 2 ? b1 + hook->d : NULL};
+        const float *b1 = s->basis + (int64_t)plane[i] * rank * hook->d;
+        at->acts[at->n_acts++] = (struct act){.steering = hook->n_steerings,
+                                              .plane = plane[i],
+                                              .scale = scale ? scale[i] : 0,
+                                              .b1 = b1,
+                                              .b2 = rank == 2 ? b1 + hook->d : NULL};
     }
     *id = hook->n_steerings++;
     return STEER_OK;
@@ -420,14 +389,17 @@ int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz) {
     if (hook == NULL || id < 0 || id >= hook->n_steerings) return STEER_BAD_ARGUMENT;
     struct steering *s = &hook->steerings[id];
     if (xyz) {
-        if (!isfinite(xyz[0]) || !isfinite(xyz[1]) || isnan(xyz[2])) return STEER_BAD_ARGUMENT;
-        s->x = (float)xyz[0];
-        s->y = (float)xyz[1];
-        s->z = (float)xyz[2];
+        const float x = (float)xyz[0], y = (float)xyz[1], z = (float)xyz[2];
+        if (!isfinite(x) || !isfinite(y) || isnan(z)) return STEER_BAD_ARGUMENT;
+        s->x = x;
+        s->y = y;
+        s->z = z;
+        s->turned_at++;
     }
     const bool on = xyz != NULL;
     if (on != s->on) {
         for (int32_t i = 0; i < s->n; i++) hook->sites[s->site[i]].n_on += on ? 1 : -1;
+        hook->n_on += on ? 1 : -1;
         s->on = on;
     }
     return STEER_OK;
@@ -450,7 +422,7 @@ int32_t steer_take_status(steer_hook *hook, int32_t *site) {
 
 int32_t steer_rows(const steer_hook *hook, int32_t site, float *rows, int64_t n) {
     if (hook == NULL || site < 0 || site >= hook->n_sites || n < 0 || (rows == NULL && n > 0)) return STEER_BAD_ARGUMENT;
-    turn_rows(hook, &hook->sites[site], rows, n);
+    steer_turn_rows(hook->steerings, &hook->sites[site], hook->d, rows, n);
     return STEER_OK;
 }
 
@@ -458,7 +430,8 @@ size_t steer_names(const steer_hook *hook, char *out, size_t size) {
     size_t used = 0;
     for (int32_t i = 0; hook != NULL && i < hook->n_slots; i++) {
         if (hook->nodes[i].tensor == NULL) continue;
-        const size_t length = strlen(hook->nodes[i].name);
+        const char *end = memchr(hook->nodes[i].name, '\0', NAME - 1);
+        const size_t length = end ? (size_t)(end - hook->nodes[i].name) : NAME - 1;
         if (out != NULL && used + length + 2 <= size) {
             memcpy(out + used, hook->nodes[i].name, length);
             out[used + length] = '\n';

@@ -22,7 +22,7 @@
 #define STEER_API __attribute__((visibility("default")))
 #endif
 
-#define STEER_ABI 1
+#define STEER_ABI 2
 
 enum steer_status {
     STEER_OK = 0,
@@ -32,6 +32,8 @@ enum steer_status {
     STEER_BAD_LAYOUT = 4,     /* a site's tensor is not contiguous */
     STEER_BAD_WIDTH = 5,      /* a site's tensor is not d wide */
     STEER_NO_BUFFER = 6,      /* a site's tensor has no memory, or none that the forced path can reach */
+    STEER_NO_DEVICE = 7,      /* the forced path is the device, which lacks an operation or memory */
+    STEER_DEVICE_FAILED = 8,  /* the device reported an error while it turned a site's tensor */
 };
 
 enum steer_op {
@@ -43,16 +45,69 @@ enum steer_op {
 };
 
 enum steer_path {
-    STEER_PATH_AUTO = 0, /* in place where the memory is the host's, else by copying */
+    STEER_PATH_AUTO = 0,   /* in place where the memory is the host's, else on the device, else by copying */
     STEER_PATH_HOST = 1,
     STEER_PATH_COPY = 2,
+    STEER_PATH_DEVICE = 3, /* on the device, the host's memory included */
 };
 
 struct ggml_tensor;
+struct ggml_context;
+struct ggml_cgraph;
+
+/* ggml_init_params */
+struct steer_ggml_init {
+    size_t mem_size;
+    void *mem_buffer;
+    bool no_alloc;
+};
+
+/* ggml's functions for turning a tensor on its own device. Buffers, buffer types, devices, backends and allocators are
+ * void *; names are ggml's without ggml_ and ggml_backend_. */
+struct steer_device_ggml {
+    void *(*buffer_get_type)(void *buffer);
+    void *(*buft_get_device)(void *buffer_type);
+    int (*dev_type)(void *device);
+    void *(*dev_init)(void *device, const char *params);
+    bool (*dev_supports_op)(void *device, const struct ggml_tensor *);
+    void (*backend_free)(void *backend);
+    void *(*get_default_buffer_type)(void *backend);
+    int (*graph_compute)(void *backend, struct ggml_cgraph *);
+    void *(*alloc_ctx_tensors)(struct ggml_context *, void *backend);
+    void (*buffer_free)(void *buffer);
+    int (*tensor_alloc)(void *buffer, struct ggml_tensor *, void *data);
+    void (*tensor_set)(struct ggml_tensor *, const void *, size_t offset, size_t size);
+    void *(*gallocr_new)(void *buffer_type);
+    bool (*gallocr_reserve)(void *allocator, struct ggml_cgraph *);
+    bool (*gallocr_alloc_graph)(void *allocator, struct ggml_cgraph *);
+    void (*gallocr_free)(void *allocator);
+    struct ggml_context *(*init)(struct steer_ggml_init);
+    void (*reset)(struct ggml_context *);
+    void (*free)(struct ggml_context *);
+    size_t (*tensor_overhead)(void);
+    size_t (*graph_overhead_custom)(size_t size, bool grads);
+    struct ggml_cgraph *(*new_graph_custom)(struct ggml_context *, size_t size, bool grads);
+    void (*build_forward_expand)(struct ggml_cgraph *, struct ggml_tensor *);
+    int (*graph_n_nodes)(struct ggml_cgraph *);
+    struct ggml_tensor *(*graph_node)(struct ggml_cgraph *, int);
+    struct ggml_tensor *(*new_tensor_2d)(struct ggml_context *, int type, int64_t, int64_t);
+    struct ggml_tensor *(*view_2d)(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, size_t, size_t);
+    struct ggml_tensor *(*mul_mat)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+    struct ggml_tensor *(*add_inplace)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+    struct ggml_tensor *(*sub)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+    struct ggml_tensor *(*mul)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
+    struct ggml_tensor *(*scale)(struct ggml_context *, struct ggml_tensor *, float);
+    struct ggml_tensor *(*sqr)(struct ggml_context *, struct ggml_tensor *);
+    struct ggml_tensor *(*sqrt)(struct ggml_context *, struct ggml_tensor *);
+    struct ggml_tensor *(*sum_rows)(struct ggml_context *, struct ggml_tensor *);
+    struct ggml_tensor *(*step)(struct ggml_context *, struct ggml_tensor *);
+    void *host_device; /* the device for the host's memory, when the path is forced */
+    int32_t type_f32;
+};
 
 /* ggml's functions, and the offsets of the two fields for which ggml exports no getter. */
 struct steer_ggml {
-    const char *(*get_name)(const struct ggml_tensor *);
+    const char *(*get_name)(const struct ggml_tensor *); /* in an array of 24 bytes or more; ggml's has 64 */
     int64_t (*nelements)(const struct ggml_tensor *);
     int64_t (*nrows)(const struct ggml_tensor *);
     bool (*is_contiguous)(const struct ggml_tensor *);
@@ -63,6 +118,7 @@ struct steer_ggml {
     size_t type_offset;
     size_t buffer_offset;
     int32_t type_f32;
+    const struct steer_device_ggml *device; /* copied; null where there is no device path */
 };
 
 /* Where the last row h of each site is added to or written; any of them may be null. S sites. */
@@ -86,8 +142,8 @@ STEER_API void steer_free(steer_hook *hook);
 STEER_API int32_t steer_set_path(steer_hook *hook, int32_t path);
 
 /* Adds a steering, off, behind those already there; *id is its number. It acts at site[i] in plane[i], i < n, with
- * scale[i] as r for STEER_ADD (may be null for the others). basis: n_planes x rank x d; rank is 2 for STEER_TURN_*,
- * else 1. */
+ * scale[i] as r for STEER_ADD (may be null for the others). The sites ascend. basis: n_planes x rank x d finite
+ * numbers; rank is 2 for STEER_TURN_*, else 1. */
 STEER_API int32_t steer_add(steer_hook *hook, int32_t op, int32_t n, const int32_t *site, const int32_t *plane,
                             const float *scale, int32_t n_planes, const float *basis, int32_t *id);
 /* Sets the dial of steering `id` to {x, y, z}; null turns it off. Takes effect at the next decode. */

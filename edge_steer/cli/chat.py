@@ -15,6 +15,7 @@ from edge_steer.cli import options
 @click.option("--system", help="System prompt.")
 @options.sampling_options
 @options.run_options
+@options.rpc_option
 def chat(
     model: str,
     steering: tuple[str, ...],
@@ -27,6 +28,7 @@ def chat(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    rpc: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Chat in the terminal, with the dial live.
@@ -46,7 +48,7 @@ def chat(
 
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
+        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc,
     )  # fmt: skip
     note = partial(click.echo, err=True)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()

@@ -17,6 +17,7 @@ from edge_steer.cli import options
 @click.option("--system", help="System prompt.")
 @options.sampling_options
 @options.run_options
+@options.rpc_option
 @options.json_option
 def generate(
     model: str,
@@ -32,6 +33,7 @@ def generate(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    rpc: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Answer one prompt, steered.
@@ -47,7 +49,7 @@ def generate(
     asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed,
+        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc,
     )  # fmt: skip
     say = silent if as_json else partial(click.echo, nl=False)
     answer = answered(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)

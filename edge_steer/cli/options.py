@@ -60,6 +60,10 @@ run_options = _all(
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
 )
 
+rpc_option = click.option(
+    "--rpc", multiple=True, metavar="HOST:PORT", help="Put --gpu-layers, or all, on a llama.cpp RPC server; repeats."
+)
+
 sampling_options = _all(
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
     click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
@@ -74,14 +78,25 @@ force_option = click.option("--force", is_flag=True, help="Overwrite an existing
 
 
 def run_parameters(
-    model: str, *, ctx: int | None, gpu_layers: int, threads: int | None, seed: int
+    model: str,
+    *,
+    ctx: int | None,
+    gpu_layers: int,
+    threads: int | None,
+    seed: int,
+    rpc: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """The path of a model, fetched if need be, and the parameters of llama_cpp.Llama that the run options stand for."""
+    """The path of a model, fetched if need be, and the parameters of SteeredLlama that the run options stand for."""
     from edge_steer.cli.progress import fetching
     from edge_steer.errors import SteerError
     from edge_steer.model_file import read_model
     from edge_steer.registry import resolve
 
+    if rpc:
+        from edge_steer.runtime.rpc import parse_endpoint
+
+        for server in rpc:  # before a model is fetched
+            parse_endpoint(server)
     with fetching(model) as progress:
         path = resolve(model, fetch=True, progress=progress)
     if path.is_dir():
@@ -93,10 +108,11 @@ def run_parameters(
     return str(path), {
         # llama.cpp rounds it up itself, llama-cpp-python's own arrays do not.
         "n_ctx": -(-(ctx or min(4096, trained)) // 256) * 256,
-        "n_gpu_layers": gpu_layers,
+        "n_gpu_layers": gpu_layers or (-1 if rpc else 0),
         "n_threads": threads,
         "n_threads_batch": threads,
         "seed": seed,
+        **({"rpc": tuple(rpc)} if rpc else {}),
     }
 
 

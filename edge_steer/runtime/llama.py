@@ -1,9 +1,9 @@
 """SteeredLlama: a llama_cpp.Llama whose activations are turned as it runs.
 
-This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the context from
-`self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the only ways tokens enter the cache;
-`input_ids`, `n_tokens` and `_requires_eval` describing what is cached; `_init_sampler` making what chooses a token.
-native.py checks the version.
+This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the model from
+`self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
+only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
+`_init_sampler` making what chooses a token. native.py checks the version.
 
 The cache rule: a cached token is valid only for the steering state that computed it. Every cached token bears the
 state it was computed under; before an answer, the cache is cut at the first token that does not fit.
@@ -11,6 +11,7 @@ state it was computed under; before an answer, the cache is cut at the first tok
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -40,6 +41,7 @@ from edge_steer.runtime.dials import (
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.native import Hook, Record
+from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.sites import Site, architecture
 
@@ -60,6 +62,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
     scope:    "all": every token is steered; "response": the last prompt token and everything after it.
     engine:   "hook": the native callback; "lora": llama.cpp's adapters, for linear operators; "auto": the hook,
               unless every layer is on a GPU and the operators are linear.
+    rpc:      "host:port" of llama.cpp's RPC servers: the layers that n_gpu_layers asks for are spread over them and
+              this machine's GPUs; every layer, where n_gpu_layers is left out.
     Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
 
     Raises SteerError where a steering does not fit the model or has no dial.
@@ -74,6 +78,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         angles: Mapping[str, float | None] | None = None,
         scope: Scope = "all",
         engine: EngineName = "auto",
+        rpc: Sequence[str] = (),
         **llama: Any,
     ) -> None:
         if llama.get("embedding"):
@@ -92,6 +97,11 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._angles = first_dials(self.steerings, angle, angles)
         self.scope = scope
 
+        self._rpc = tuple(rpc)
+        devices = connect(self._rpc) if self._rpc else ()
+        self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices)  # ends with a null; llama.cpp reads it once
+        if self._rpc:
+            llama.setdefault("n_gpu_layers", -1)
         self._hook = Hook(arch, sites, file.embedding_length)
         self._states = {"": _OFF}  # key, the same in every process, to number
         self._numbered: dict[tuple[tuple[Action | None, ...], bool], int] = {}
@@ -160,7 +170,18 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             raise SteerError(f"angle is for one steering, this model has {len(self.steerings)}; use angles")
         return self.steerings[0].name
 
-    # --- making the context -----------------------------------------------------------------------------------
+    # --- making the model and the context ---------------------------------------------------------------------
+
+    @property
+    def model_params(self) -> Any:
+        """llama.cpp's model parameters. Llama fills them in; the devices of RPC servers are named as they arrive."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        if self._rpc:
+            params.devices = ctypes.addressof(self._devices)
+        self._model_params = params
 
     @property
     def context_params(self) -> Any:
@@ -232,6 +253,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             "angles": dict(self._angles),
             "scope": self._scope,
             "engine": self.engine,
+            "rpc": self._rpc,
         }
         if self._chose_chat_format:  # a closure, and chosen again when it is made again
             own |= {"chat_format": None, "chat_handler": None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo, cos_sin
 from edge_steer.sites import Architecture, Site
 from edge_steer.steering import Steering
 
-ABI = 1
+ABI = 2
 LLAMA_CPP_PYTHON = "0.3.36"
 _INSTALL = f"pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
 
@@ -35,22 +36,47 @@ _STATUS = {
     4: "found a tensor that is not contiguous",
     5: "found a tensor of another width",
     6: "found a tensor whose memory it cannot reach",
+    7: "found a tensor whose device cannot turn it",
+    8: "was told of an error by the device",
 }
 _OP = {"selective": 0, "standard": 1, "adaptive": 1, "ablation": 2, "addition": 3}
-_PATH = {"auto": 0, "host": 1, "copy": 2}
+_PATH = {"auto": 0, "host": 1, "copy": 2, "device": 3}
+
+
+# ggml's functions for the device path and for every path, in the order of steer.h.
+_DEVICE_FUNCTIONS = (
+    "ggml_backend_buffer_get_type", "ggml_backend_buft_get_device", "ggml_backend_dev_type", "ggml_backend_dev_init",
+    "ggml_backend_dev_supports_op", "ggml_backend_free", "ggml_backend_get_default_buffer_type",
+    "ggml_backend_graph_compute", "ggml_backend_alloc_ctx_tensors", "ggml_backend_buffer_free",
+    "ggml_backend_tensor_alloc", "ggml_backend_tensor_set", "ggml_gallocr_new", "ggml_gallocr_reserve",
+    "ggml_gallocr_alloc_graph", "ggml_gallocr_free", "ggml_init", "ggml_reset", "ggml_free", "ggml_tensor_overhead",
+    "ggml_graph_overhead_custom", "ggml_new_graph_custom", "ggml_build_forward_expand", "ggml_graph_n_nodes",
+    "ggml_graph_node", "ggml_new_tensor_2d", "ggml_view_2d", "ggml_mul_mat", "ggml_add_inplace", "ggml_sub",
+    "ggml_mul", "ggml_scale", "ggml_sqr", "ggml_sqrt", "ggml_sum_rows", "ggml_step",
+)  # fmt: skip
+_FUNCTIONS = (
+    "ggml_get_name", "ggml_nelements", "ggml_nrows", "ggml_is_contiguous", "ggml_get_data",
+    "ggml_backend_buffer_is_host", "ggml_backend_tensor_get", "ggml_backend_tensor_set",
+)  # fmt: skip
+_DEVICE_TYPE_CPU = 0
+
+
+class _DeviceGgml(ctypes.Structure):
+    """struct steer_device_ggml."""
+
+    _fields_ = (*((name, c_void_p) for name in _DEVICE_FUNCTIONS), ("host_device", c_void_p), ("type_f32", c_int32))
 
 
 class _Ggml(ctypes.Structure):
     """struct steer_ggml."""
 
     _fields_ = (
-        *((name, c_void_p) for name in (
-            "get_name", "nelements", "nrows", "is_contiguous", "get_data", "buffer_is_host", "tensor_get", "tensor_set",
-        )),
+        *((name, c_void_p) for name in _FUNCTIONS),
         ("type_offset", c_size_t),
         ("buffer_offset", c_size_t),
         ("type_f32", c_int32),
-    )  # fmt: skip
+        ("device", POINTER(_DeviceGgml)),
+    )
 
 
 class _Record(ctypes.Structure):
@@ -83,26 +109,43 @@ class Record:
         )  # fmt: skip
 
 
+def ggml_library(name: str) -> ctypes.CDLL:
+    """The ggml that llama.cpp itself runs on, through llama.cpp's own handle: symbols are found in what it links to.
+
+    A wheel holds each library under three names, as copies: to load one by its file name would be a second ggml with
+    globals of its own. On Windows, where there is one copy and no such search, it is the library `name`. A function
+    that this build lacks is an AttributeError, a library that it lacks on Windows a FileNotFoundError.
+    """
+    from llama_cpp import llama_cpp as bindings
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    if sys.platform == "win32":
+        library: ctypes.CDLL = load_shared_library(name, Path(bindings.__file__).parent / "lib")
+        return library
+    return ctypes.CDLL(bindings._lib._name, handle=bindings._lib._handle)
+
+
 @cache
 def _ggml() -> tuple[ctypes.CDLL, _Ggml]:
-    """ggml as llama-cpp-python loaded it, and its functions for the hook. Raises MismatchError if they do not fit."""
+    """libggml-base, and ggml's functions for the hook. Raises MismatchError if they do not fit."""
     import llama_cpp
-    from llama_cpp._ctypes_extensions import load_shared_library
 
     if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
         raise MismatchError(f"expected llama-cpp-python {LLAMA_CPP_PYTHON}, found {llama_cpp.__version__}; {_INSTALL}")
-    lib = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    lib, registry = ggml_library("ggml-base"), ggml_library("ggml")
 
-    def address(name: str) -> int:
-        return ctypes.cast(getattr(lib, name), c_void_p).value or 0
+    def addresses(names: Sequence[str]) -> list[int]:
+        return [ctypes.cast(getattr(lib, name), c_void_p).value or 0 for name in names]
 
     type_offset, buffer_offset = 0, 8
     _check_layout(lib, type_offset, buffer_offset)
+    registry.ggml_backend_dev_by_type.argtypes = [c_int32]
+    registry.ggml_backend_dev_by_type.restype = c_void_p
+    cpu = registry.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
+    device = _DeviceGgml(*addresses(_DEVICE_FUNCTIONS), cpu, llama_cpp.GGML_TYPE_F32)
     return lib, _Ggml(
-        address("ggml_get_name"), address("ggml_nelements"), address("ggml_nrows"), address("ggml_is_contiguous"),
-        address("ggml_get_data"), address("ggml_backend_buffer_is_host"), address("ggml_backend_tensor_get"),
-        address("ggml_backend_tensor_set"), type_offset, buffer_offset, llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        *addresses(_FUNCTIONS), type_offset, buffer_offset, llama_cpp.GGML_TYPE_F32, ctypes.pointer(device)
+    )
 
 
 def _check_layout(lib: ctypes.CDLL, type_offset: int, buffer_offset: int) -> None:
@@ -181,7 +224,7 @@ def _dial(action: Action) -> Any:
 class Hook:
     """One hook of steer.h, for one context: what it knows of a model are its sites and its width.
 
-    `EDGE_STEER_PATH` = host or copy forces how it reaches a tensor's memory, for tests.
+    `EDGE_STEER_PATH` = host, device or copy forces how it reaches a tensor's memory, for tests.
     """
 
     def __init__(self, architecture: Architecture, sites: Sequence[Site], width: int) -> None:
@@ -219,9 +262,11 @@ class Hook:
 
     def add(self, steering: Steering) -> int:
         """Append a steering, off, behind those already there; returns its number."""
-        sites = np.array([self._number[site] for site in steering.steered], np.int32)
-        planes = np.ascontiguousarray(steering.site_plane[steering.mask], np.int32)
-        scale = np.nan_to_num(steering.mean_norm[steering.mask]).astype(np.float32)
+        numbers = np.array([self._number[site] for site in steering.steered], np.int32)
+        order = np.argsort(numbers)  # an import may list its sites in another order
+        sites = numbers[order]
+        planes = steering.site_plane[steering.mask][order].astype(np.int32)
+        scale = np.nan_to_num(steering.mean_norm[steering.mask][order]).astype(np.float32)
         basis = np.ascontiguousarray(steering.basis)
         number = c_int32()
         self._check(

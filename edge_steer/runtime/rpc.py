@@ -1,0 +1,161 @@
+"""A model's layers on other machines, over llama.cpp's own RPC servers.
+
+    python -m edge_steer.runtime.rpc 192.168.1.20:50052        # on the other machine: lends its GPUs, else its CPU
+
+The protocol knows no passwords and no encryption: for networks of one's own only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from functools import cache
+
+from edge_steer.errors import MismatchError, SteerError
+from edge_steer.runtime.native import LLAMA_CPP_PYTHON, check_library, ggml_library
+
+_CPU, _GPU, _INTEGRATED_GPU = range(3)  # enum ggml_backend_dev_type
+_HELLO, _CAPS = 14, 24  # the first message of every version of the protocol, and its length
+_PROTOCOL = 7  # major version
+_SECONDS = 10.0
+# No more: llama.cpp's scheduler takes 16 backends, and the CPU is one.
+_MOST_DEVICES = 15
+
+
+_Abort = ctypes.CFUNCTYPE(None, c_char_p)
+
+
+def _rpc_library() -> ctypes.CDLL:
+    check_library()
+    try:
+        lib = ggml_library("ggml-rpc")
+        add, start = lib.ggml_backend_rpc_add_server, lib.ggml_backend_rpc_start_server
+    except (AttributeError, FileNotFoundError):
+        raise SteerError(
+            "this llama-cpp-python is built without RPC; build it with: CMAKE_ARGS=-DGGML_RPC=ON pip install "
+            f"--force-reinstall --no-deps --no-cache-dir llama-cpp-python=={LLAMA_CPP_PYTHON}"
+        ) from None
+    add.argtypes, add.restype = [c_char_p], c_void_p
+    start.argtypes, start.restype = [c_char_p, c_char_p, c_size_t, c_size_t, ctypes.POINTER(c_void_p)], None
+    return lib
+
+
+def _registry() -> ctypes.CDLL:
+    lib = ggml_library("ggml")
+    lib.ggml_backend_dev_count.restype = c_size_t
+    lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [c_size_t], c_void_p
+    return lib
+
+
+def _base() -> ctypes.CDLL:
+    lib = ggml_library("ggml-base")
+    lib.ggml_backend_dev_type.argtypes, lib.ggml_backend_dev_type.restype = [c_void_p], c_int
+    lib.ggml_backend_reg_dev_count.argtypes, lib.ggml_backend_reg_dev_count.restype = [c_void_p], c_size_t
+    lib.ggml_backend_reg_dev_get.argtypes, lib.ggml_backend_reg_dev_get.restype = [c_void_p, c_size_t], c_void_p
+    lib.ggml_set_abort_callback.argtypes, lib.ggml_set_abort_callback.restype = [_Abort], c_void_p
+    return lib
+
+
+def _local_devices(kind: int) -> list[int]:
+    registry, base = _registry(), _base()
+    devices = [registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())]
+    return [device for device in devices if base.ggml_backend_dev_type(device) == kind]
+
+
+def _local_gpus() -> list[int]:
+    return _local_devices(_GPU) or _local_devices(_INTEGRATED_GPU)
+
+
+def parse_endpoint(server: str) -> tuple[str, int]:
+    """`host:port` as its two parts. Raises SteerError."""
+    host, _, port = server.rpartition(":")
+    if not host or ":" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise SteerError(f"expected an RPC server as HOST:PORT, got {server!r}")
+    return host, int(port)
+
+
+def _greet(server: str) -> None:
+    """Raise SteerError where no RPC server of this protocol answers: ggml itself would end the process."""
+    address = parse_endpoint(server)
+    try:
+        with socket.create_connection(address, _SECONDS) as connection:
+            connection.settimeout(_SECONDS)
+            connection.sendall(struct.pack("<BQ", _HELLO, _CAPS) + bytes(_CAPS))
+            with connection.makefile("rb") as reply:
+                answer = reply.read(8 + 4 + _CAPS)
+    except TimeoutError:
+        raise SteerError(f"RPC server {server} does not answer; is it busy with another client?") from None
+    except OSError as error:
+        raise SteerError(f"RPC server {server} cannot be reached: {error.strerror or error}; is it running?") from None
+    if len(answer) != 8 + 4 + _CAPS:
+        raise SteerError(f"expected an RPC server at {server}, got another program")
+    if answer[8] != _PROTOCOL:
+        raise MismatchError(
+            f"expected an RPC server of protocol {_PROTOCOL} at {server}, got {answer[8]}; "
+            f"run the llama.cpp of llama-cpp-python {LLAMA_CPP_PYTHON} there"
+        )
+
+
+def _end(message: bytes) -> None:
+    """What ggml calls before it aborts. A lost server is no reason for a core dump."""
+    text = message.decode(errors="replace")
+    line = "an RPC server was lost; start it again, then repeat" if "RPC" in text else f"llama.cpp stopped: {text}"
+    os.write(2, f"\nError: {line}\n".encode())
+    os._exit(1)
+
+
+_END = _Abort(_end)  # ggml keeps its address
+
+
+@cache
+def _devices_of(server: str) -> tuple[int, ...]:
+    """ggml's devices on one server. Asked once a process: a server talks to one client at a time, and that is us."""
+    lib, base = _rpc_library(), _base()
+    _greet(server)
+    base.ggml_set_abort_callback(_END)
+    registered = lib.ggml_backend_rpc_add_server(server.encode())
+    if not registered:
+        raise SteerError(f"RPC server {server} has no devices")
+    count = base.ggml_backend_reg_dev_count(registered)
+    return tuple(base.ggml_backend_reg_dev_get(registered, i) for i in range(count))
+
+
+def connect(servers: Sequence[str]) -> tuple[int, ...]:
+    """ggml's devices on `servers`, each HOST:PORT, with those of this machine's GPUs behind them.
+
+    From then on a lost server ends the process with one line and exit code 1: ggml would abort it. Raises SteerError
+    where a server does not answer or this llama.cpp is built without RPC.
+    """
+    devices = [device for server in dict.fromkeys(servers) for device in _devices_of(server)] + _local_gpus()
+    if len(devices) > _MOST_DEVICES:
+        raise SteerError(f"expected at most {_MOST_DEVICES} devices, got {len(devices)}; name fewer servers")
+    return tuple(devices)
+
+
+def serve(endpoint: str, threads: int) -> None:
+    """Lend this machine's GPUs, or its CPU where it has none, at `endpoint`, one client at a time, until killed."""
+    parse_endpoint(endpoint)
+    lib = _rpc_library()
+    devices = _local_gpus() or _local_devices(_CPU)
+    lib.ggml_backend_rpc_start_server(
+        endpoint.encode(), None, threads, len(devices), (c_void_p * len(devices))(*devices)
+    )
+    raise SteerError(f"cannot serve at {endpoint}; is the port taken?")
+
+
+def main() -> None:
+    if not 2 <= len(sys.argv) <= 3 or not all(argument.isdecimal() for argument in sys.argv[2:]):
+        sys.exit("usage: python -m edge_steer.runtime.rpc HOST:PORT [THREADS]")
+    try:
+        serve(sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else os.cpu_count() or 1)
+    except SteerError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+/* What the files of the hook share: steerings and sites. Not part of its interface, which is steer.h.
+ *
+ * steer.c        the hook: which graph node is which site, and the ways to its memory
+ * steer_turn.c   the mathematics, on rows in the host's memory
+ * steer_device.c the same mathematics as a ggml graph, on a tensor's own device
+ */
+#ifndef STEER_PARTS_H
+#define STEER_PARTS_H
+
+#include "steer.h"
+
+struct steering {
+    int32_t op;
+    bool on;
+    float x, y, z;     /* the dial, see steer_op */
+    uint32_t turned_at; /* grows with every new dial, so that a device notices */
+    int32_t n;
+    int32_t *site; /* n, kept to count what is on */
+    int32_t n_planes, rank;
+    float *basis; /* n_planes x rank x d */
+};
+
+/* One steering at one site. */
+struct act {
+    int32_t steering, plane;
+    float scale;
+    const float *b1, *b2; /* b2 is null at rank 1 */
+};
+
+struct site {
+    int32_t kind, layer;
+    int32_t n_on; /* steerings here that are on */
+    int32_t n_acts;
+    struct act *acts; /* in the order in which the steerings were added */
+};
+
+/* Lets what is on at `site` act on rows (n, d), in place. */
+void steer_turn_rows(const struct steering *steerings, const struct site *site, int64_t d, float *rows, int64_t n);
+
+/* The devices a hook has met, a list; null is none yet. */
+struct steer_device;
+
+/* The same on rows (n, d) at `data` in a ggml `buffer` of `device`. STEER_NO_DEVICE, and nothing is changed, where the
+ * device lacks an operation or memory. */
+int32_t steer_turn_on_device(struct steer_device **devices, const struct steer_device_ggml *ggml, void *device,
+                             const struct steering *steerings, int32_t n_steerings, const struct site *site, int64_t d,
+                             void *buffer, void *data, int64_t n);
+void steer_free_devices(struct steer_device *devices, const struct steer_device_ggml *ggml);
+
+#endif

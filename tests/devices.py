@@ -1,0 +1,59 @@
+"""What the tests of the ways to a tensor's memory share: the same logits, whatever the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from planted import DIAL, random_steering
+
+from edge_steer.model_file import read_model
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.sites import architecture
+from edge_steer.steering import Operator, Steering
+
+BATCHES = (1, 7, 512, 700)
+EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+TOLERANCE = 1e-4  # of the logits' range
+
+
+def steerings_for(path: Path, operator: Operator, count: int) -> list[Steering]:
+    """One steering, or three, the operator in question first; their masks differ."""
+    file = read_model(path)
+    sites = architecture(file.architecture).sites(file.block_count)
+    operators: tuple[Operator, ...] = (operator, "selective", "ablation")
+    made = [
+        random_steering(file.base, sites, each, seed=i, name=f"{i} {each}") for i, each in enumerate(operators[:count])
+    ]
+    return [
+        each.with_(mask=np.array([(number + i) % 3 > 0 or i == 0 for number in range(len(sites))]))
+        for i, each in enumerate(made)
+    ]
+
+
+def logits_by_batch(llm: SteeredLlama) -> Iterator[NDArray[np.float32]]:
+    """The last token's logits after prompts of BATCHES tokens, each evaluated from the start."""
+    for count in BATCHES:
+        llm.reset()
+        llm.eval([256, *(30 + i % 200 for i in range(count - 1))])
+        yield np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
+
+
+@contextmanager
+def path_forced(way: str) -> Iterator[None]:
+    """EDGE_STEER_PATH for hooks that are made within."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_STEER_PATH", way)
+        yield
+
+
+def open_forced(path: Path, way: str, steerings: Sequence[Steering], **llama: object) -> SteeredLlama:
+    """The model, steered by every steering at its operator's dial, with the way to memory forced."""
+    with path_forced(way):
+        dials = {each.name: DIAL[each.operator] for each in steerings}
+        return SteeredLlama(path, steering=steerings, angles=dials, engine="hook", n_ctx=768, **EXACT | llama)
