@@ -44,7 +44,8 @@ from edge_steer.steering import Steering, save_all
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- benchmarks/quality.py -->", "<!-- end of benchmarks/quality.py -->"
 # Coarser than a sweep's, for there are dozens of curves; the ends are as well verified.
-EFFORT = Effort(step=4.0, rounds=3, bends=0)
+EFFORT = Effort(step=5.0, rounds=2, bends=0)
+AMOUNTS = Amounts(probes=12, passages=5, questions=80, answers=8, answer_tokens=32)
 BUDGET = Budget()
 OURS, PUBLISHED, RIVAL = "local", "global", "addition"
 
@@ -108,7 +109,7 @@ def measured(
     path: Path, preset: str, steerings: Sequence[Steering], folder: Path, quick: bool, run: dict[str, Any]
 ) -> Row:
     """Every method's curve, and the check of a range that one half of the items gave on the other half."""
-    texts = material(QUICK if quick else Amounts(), load_preset(preset).probes)
+    texts = material(QUICK if quick else AMOUNTS, load_preset(preset).probes)
     # Each curve is kept by its own fingerprint, so that methods may be added.
     journal = Journal.open(folder / "points.jsonl", settings(path, texts, (), "all"))
     effort = QUICK_EFFORT if quick else EFFORT
@@ -122,7 +123,7 @@ def measured(
         by_half = Sweep(bench, journal, BUDGET, half=0)
         kept = {each.name: promise(by_half, each, effort) for each in steerings if each.name == OURS}
     effect_against_damage(curves, BUDGET, folder / "effect-damage.png", f"{preset} on {path.name}")
-    return {"amounts": asdict(QUICK if quick else Amounts()), "methods": list(map(record, curves)), "promise": kept}
+    return {"amounts": asdict(QUICK if quick else AMOUNTS), "methods": list(map(record, curves)), "promise": kept}
 
 
 def record(curve: Curve) -> Row:

@@ -45,6 +45,7 @@ HELD_OUT = 5
               help="Budget: share of the unsteered accuracy that must stay.")  # fmt: skip
 @click.option("--write", is_flag=True, help="Store the safe range in the steering file.")
 @options.run_options
+@options.rpc_option
 @options.json_option
 @options.force_option
 def sweep(
@@ -65,6 +66,7 @@ def sweep(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    rpc: tuple[str, ...],
     as_json: bool,
     force: bool,
 ) -> None:
@@ -104,10 +106,10 @@ def sweep(
     own_probes = read_probes(probes) if probes else ()
     if steering is not None:
         steerings, held_out, known_probes = _from_file(steering, preset, positive, negative)
-        path, parameters = _run_parameters(model, ctx, gpu_layers, threads, seed)
+        path, parameters = _run_parameters(model, ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc)
     else:
         prompts, held_out, known_probes = _to_calibrate(preset, positive, negative)
-        path, parameters = _run_parameters(model, ctx, gpu_layers, threads, seed)
+        path, parameters = _run_parameters(model, ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc)
         steerings = _calibrated(path, parameters, prompts, str(methods).split(","), folder, force)
     if write and (refused := [each for each in steerings if each.operator not in ("selective", "addition")]):
         raise click.UsageError(f"--write stores a range around off; {refused[0].operator} has none")
@@ -218,10 +220,8 @@ def _to_calibrate(
     )
 
 
-def _run_parameters(
-    model: str, ctx: int | None, gpu_layers: int, threads: int | None, seed: int
-) -> tuple[str, dict[str, Any]]:
-    path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
+def _run_parameters(model: str, ctx: int | None, **run: Any) -> tuple[str, dict[str, Any]]:
+    path, parameters = options.run_parameters(model, ctx=ctx, **run)
     return path, parameters if ctx else {**parameters, "n_ctx": min(CONTEXT, parameters["n_ctx"])}
 
 
