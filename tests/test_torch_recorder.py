@@ -17,7 +17,7 @@ from edge_steer.calibrate import ClassSums, calibrate  # noqa: E402
 from edge_steer.calibrate.torch_recorder import TorchRecorder  # noqa: E402
 from edge_steer.contrast import Prompt, PromptSet  # noqa: E402
 from edge_steer.errors import SteerError  # noqa: E402
-from edge_steer.sites import MODEL_TYPES, architecture  # noqa: E402
+from edge_steer.sites import MODEL_TYPES, PRE_KINDS, architecture  # noqa: E402
 
 WORDS = ["sun", "a quiet garden path", "no", "rain over the hills since the morning", "tea", "the end of a long story"]
 PROMPTS = [Prompt(word) for word in WORDS] + [Prompt("how?", system="Be brief."), Prompt("and?", prefix="Well, ")]
@@ -102,7 +102,7 @@ def test_the_first_norm_sees_one_activation_and_is_left_out(llama: tiny.TinyMode
     prompts = PromptSet("test", "", "a", "b", tuple(PROMPTS[:3]), tuple(PROMPTS[3:6]), ())
     notes: list[str] = []
     recorder = TorchRecorder.load(llama.hf_dir, device="cpu")
-    steering = calibrate(recorder, prompts, mask="all", note=notes.append)
+    steering = calibrate(recorder, prompts, kinds=PRE_KINDS, note=notes.append)
     assert recorder.sites[0] not in steering.sites
     assert len(steering.sites) == 2 * tiny.LAYERS - 1
     assert notes == ["blk.0.attn_norm is left out: both classes have the same mean activation there"]
