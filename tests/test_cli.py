@@ -194,7 +194,10 @@ def test_generate_as_json_is_what_the_library_answers(place: Path, scope: str) -
     expected = llm.create_completion(prompt, max_tokens=8, temperature=0.0, repeat_penalty=1.1)
     assert record["prompt_tokens"] == len(prompt) == expected["usage"]["prompt_tokens"]
     assert 0 < record["generated_tokens"] <= 8
-    assert record["text"].replace("�", "").lstrip()[:3] == expected["choices"][0]["text"].replace("�", "").lstrip()[:3]
+    # llama-cpp-python goes on past max_tokens where a character is not complete.
+    text, other = (each.replace("�", "").lstrip() for each in (record["text"], expected["choices"][0]["text"]))
+    assert text
+    assert other.startswith(text[:3])
     assert (record["angle"], record["scope"], record["sites_hit"]) == (25.0, scope, 2)
     assert record["tokens_per_second"] > 0
 

@@ -19,6 +19,7 @@ from edge_steer.steering import Operator
 BEYOND = 4.0
 # An end that is expected within this share beyond a position that was measured is not looked for.
 CLOSE = 0.03
+MOST_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def _side(gauge: Gauge, effort: Effort, centre: float, sign: int, step: float, m
     if bad is None:
         return
     gauge.whole(_at(centre, sign, bad))  # for the plot: what broke, and how much
-    for _ in range(effort.rounds):
+    for number in range(MOST_ROUNDS):
+        # Without a position within the budget the side would have no effect at all: look on for one.
+        if good and number >= effort.rounds:
+            break
         offset = _between(gauge, centre, sign, good, bad)
         if offset - good < CLOSE * offset:
             break
@@ -118,7 +122,7 @@ def _between(gauge: Gauge, centre: float, sign: int, good: float, bad: float) ->
         # A little inside: a position just beyond the limit ends no range.
         guess = float(good * (bad / good) ** (share * 0.97))
     elif not good and high > limit:
-        guess = float(bad * math.sqrt(limit / high))  # the divergence grows as the square
+        guess = float(bad * math.sqrt(0.9 * limit / high))  # the divergence grows as the square, or somewhat slower
     else:
         guess = (good + bad) / 2
     return min(guess, bad - 0.05 * (bad - good))
