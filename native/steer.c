@@ -261,16 +261,17 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
     hook->reached[site]++;
     if (type != ggml->type_f32) return STEER_BAD_TYPE;
     if (n == 0) return STEER_OK; /* the last block of a micro-batch without outputs */
-    if (elements != n * hook->d) return STEER_BAD_WIDTH;
+    /* n * d and its bytes could overflow. */
+    if (elements < 0 || elements % hook->d != 0 || elements / hook->d != n) return STEER_BAD_WIDTH;
+    if ((uint64_t)elements > PTRDIFF_MAX / sizeof(float)) return STEER_NO_MEMORY;
     if (!ggml->is_contiguous(tensor)) return STEER_BAD_LAYOUT;
-    if (buffer == NULL) return STEER_NO_BUFFER;
+    if (buffer == NULL || ggml->get_data(tensor) == NULL) return STEER_NO_BUFFER; /* ggml would end the process */
 
     const bool turn = hook->sites[site].n_on > 0;
     const bool in_place = hook->path != STEER_PATH_COPY && ggml->buffer_is_host(buffer);
     if (hook->path == STEER_PATH_HOST && !in_place) return STEER_NO_BUFFER;
     if (in_place) {
         float *rows = ggml->get_data(tensor);
-        if (rows == NULL) return STEER_NO_BUFFER;
         if (hook->recording) record_row(hook, site, rows + (n - 1) * hook->d);
         if (turn) turn_rows(hook, &hook->sites[site], rows, n);
     } else {
@@ -373,8 +374,8 @@ int32_t steer_set_path(steer_hook *hook, int32_t path) {
 
 int32_t steer_add(steer_hook *hook, int32_t op, int32_t n, const int32_t *site, const int32_t *plane,
                   const float *scale, int32_t n_planes, const float *basis, int32_t *id) {
-    if (!hook || op < STEER_TURN_BY || op > STEER_ADD || n < 1 || !site || !plane || n_planes < 1 ||
-        n_planes > 1 << 20 || !basis || !id || (op == STEER_ADD && !scale)) {
+    if (!hook || op < STEER_TURN_BY || op > STEER_ADD || n < 1 || n > hook->n_sites || !site || !plane ||
+        n_planes < 1 || n_planes > 1 << 20 || !basis || !id || (op == STEER_ADD && !scale)) {
         return STEER_BAD_ARGUMENT;
     }
     const int64_t rank = op == STEER_TURN_BY || op == STEER_TURN_TO ? 2 : 1;
@@ -420,10 +421,11 @@ int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz) {
     if (hook == NULL || id < 0 || id >= hook->n_steerings) return STEER_BAD_ARGUMENT;
     struct steering *s = &hook->steerings[id];
     if (xyz) {
-        if (!isfinite(xyz[0]) || !isfinite(xyz[1]) || isnan(xyz[2])) return STEER_BAD_ARGUMENT;
-        s->x = (float)xyz[0];
-        s->y = (float)xyz[1];
-        s->z = (float)xyz[2];
+        const float x = (float)xyz[0], y = (float)xyz[1], z = (float)xyz[2]; /* a double may be too large for one */
+        if (!isfinite(x) || !isfinite(y) || isnan(z)) return STEER_BAD_ARGUMENT;
+        s->x = x;
+        s->y = y;
+        s->z = z;
     }
     const bool on = xyz != NULL;
     if (on != s->on) {
@@ -456,6 +458,7 @@ int32_t steer_rows(const steer_hook *hook, int32_t site, float *rows, int64_t n)
 
 size_t steer_names(const steer_hook *hook, char *out, size_t size) {
     size_t used = 0;
+    if (out != NULL && size > 0) out[0] = '\0';
     for (int32_t i = 0; hook != NULL && i < hook->n_slots; i++) {
         if (hook->nodes[i].tensor == NULL) continue;
         const size_t length = strlen(hook->nodes[i].name);
