@@ -64,6 +64,14 @@ fuzz-native seconds="600":
     ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=64 \
       ./fuzz_steer -max_total_time={{seconds}} -max_len=4096 -timeout=10 -print_final_stats=1 -verbosity=0 native
 
+# Feed the readers of GGUF and prompt files random bytes, SECONDS each (needs `pip install atheris`)
+fuzz-files seconds="600":
+    mkdir -p build/fuzz
+    for target in gguf prompts; do \
+      {{python}} tests/fuzz/fuzz_files.py $target build/fuzz/$target -max_total_time={{seconds}} -timeout=10 \
+        -rss_limit_mb=1024 -max_len=4096 -print_final_stats=1 -verbosity=0 -artifact_prefix=build/fuzz/ || exit 1; \
+    done
+
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """What a file holds, short enough for a message of one line, whatever it is."""
+    try:
+        text = repr(value[:_SHOWN] if isinstance(value, str) else value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
 
 class SteerError(Exception):
     """Base of all errors of edge-steer: the message says what was expected, what was found, and what to do."""
