@@ -5,13 +5,13 @@ from __future__ import annotations
 _SHOWN = 80
 
 
-def shown(value: object) -> str:
-    """What a file holds, short enough for a message of one line, whatever it is."""
+def shown(value: object, most: int = _SHOWN) -> str:
+    """What a file holds, short enough for a message of one line, whatever it is: at most `most` characters."""
     try:
-        text = repr(value[:_SHOWN] if isinstance(value, str) else value)
+        text = repr(value[:most] if isinstance(value, str) else value)
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 class SteerError(Exception):

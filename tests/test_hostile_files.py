@@ -98,7 +98,7 @@ def model_file(path: Path) -> Path:
         entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 2, text("a") + text("b"))),
         entry("tokenizer.chat_template", STRING, text("{{ x }}")),
         *keys(metadata([steering()])),
-        tensors=(tensor("blk.0.attn_q.weight", (2, 2)), tensor("output.weight", (2, 2), 0, 32)), data=bytes(64),
+        tensors=(tensor("blk.0.attn_q.weight", (2, 2)), tensor("output.weight", (2, 2), 0, 32)), data=bytes(48),
     ))  # fmt: skip
     return path
 

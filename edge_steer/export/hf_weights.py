@@ -20,6 +20,7 @@ from edge_steer.steering import BaseModel, Steering
 
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_LONGEST_NAME = 200  # of a file
 _MOST_AXES = 8  # their product is a number of any length
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -37,9 +38,9 @@ class HfTensor:
     def memory(self, path: Path, mode: Any = "r") -> NDArray[Any]:
         """Its values in the shard's copy at `path`, mapped. Raises SteerError for a type that is no plain float."""
         if self.type not in _TYPES:
-            known = ", ".join(_TYPES)
+            known, found = ", ".join(_TYPES), shown(self.type)
             raise SteerError(
-                f"expected {self.name} as one of {known}, got {self.type}; give a checkpoint not quantized"
+                f"expected {shown(self.name)} as one of {known}, got {found}; give a checkpoint that is not quantized"
             )
         return np.memmap(path, _TYPES[self.type], mode, self.start, self.shape)
 
@@ -145,7 +146,7 @@ def _shards(folder: Path) -> dict[str, Path]:
         if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
             raise FormatError(f"{index}: expected a weight_map of tensor names to files; fetch it again")
         for name in named.values():
-            if Path(name).name != name:
+            if Path(name).name != name or not name.isprintable() or len(name) > _LONGEST_NAME:
                 raise FormatError(f"{index}: expected file names without folders, got {shown(name)}")
         shards = {tensor: folder / name for tensor, name in named.items()}
     else:
