@@ -29,6 +29,7 @@ from edge_steer.errors import FormatError, SteerError, shown
 PRESETS = Path(__file__).parent / "presets"
 PROMPT_KEYS = ("prompt", "system", "prefix")
 LONGEST_LINE = 100_000  # characters
+LARGEST_FILE = 1 << 28  # bytes: what looks like no more than a file may be a hole of a terabyte
 
 # Contents are stripped: a model begins its answer with a space of its own, and two would be other tokens than it wrote.
 PLAIN_FORMS = {"system": "{}\n\n", "user": "{}\nAnswer:", "assistant": " {}\n\n"}
@@ -184,6 +185,8 @@ def _text(path: Path) -> str:
         got = "a folder" if path.is_dir() else "no such file"
         raise SteerError(f"{path}: expected a file, got {got}; check the path")
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise FormatError(f"{path}: expected at most {LARGEST_FILE} bytes, got {path.stat().st_size}; split it")
         data = path.read_bytes()
     except OSError as error:
         raise SteerError(f"{path}: expected a file to read, got {error.strerror}; check its permissions") from None
