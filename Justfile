@@ -72,6 +72,14 @@ fuzz-files seconds="600":
         -rss_limit_mb=1024 -max_len=4096 -print_final_stats=1 -verbosity=0 -artifact_prefix=build/fuzz/ || exit 1; \
     done
 
+# Processor time and memory of every flipped bit and every length of small files, and of large files' claims
+hostile-cost:
+    {{python}} tests/fuzz/hostile_cost.py
+
+# Thousands of answers with everything changing, held against fresh contexts; `just soak -m smollm2-135m --answers 300`
+soak *args:
+    {{python}} tests/external/soak.py {{args}}
+
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}

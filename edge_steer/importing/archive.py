@@ -10,6 +10,7 @@ import pickletools
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from edge_steer.errors import FormatError
 
@@ -42,7 +43,7 @@ def check_archive(path: Path) -> None:
 
 
 def _check_pickle(path: Path, data: bytes) -> None:
-    memo: dict[int, str] = {}
+    memo: dict[Any, str] = {}
     before, shared = "", 0
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.proto > _PROTOCOL:
