@@ -215,6 +215,7 @@ def tiny_model(folder: Path) -> Path:
 
 
 def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
+    """Whether every comparison held and memory stayed flat; Ctrl-C ends it early."""
     file = read_model(path)
     sites = architecture(file.architecture).sites(file.block_count)
     models = [
@@ -250,8 +251,8 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
     growth = float(np.median(quarters[1]) - np.median(quarters[0]))
     flat = growth <= MOST_GROWTH
     print(
-        f"{answers} answers in {time.monotonic() - started:.0f} s, {len(drift)} compared: {mismatches} mismatches, "
-        f"largest difference {max(drift, default=0):.1e}, median {np.median(drift or [0]):.1e}\n"
+        f"{len(resident)} answers in {time.monotonic() - started:.0f} s, {len(drift)} compared: "
+        f"{mismatches} mismatches, largest difference {max(drift, default=0):.1e}, median {np.median(drift or [0]):.1e}\n"
         f"memory: {resident[0] / 1e6:.0f} MB at first, {max(resident) / 1e6:.0f} MB at most, second half "
         f"{slope:+.0f} bytes an answer, {growth / 1e6:+.1f} MB between its halves: {'flat' if flat else 'GROWING'}"
     )
