@@ -249,10 +249,10 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
     slope = float(np.polyfit(np.arange(half, len(resident)), resident[half:], 1)[0]) if half > 1 else 0.0
     quarters = np.array_split(np.array(resident[half:]), 2)
     growth = float(np.median(quarters[1]) - np.median(quarters[0]))
-    flat = growth <= MOST_GROWTH
+    flat, largest = growth <= MOST_GROWTH, max(drift, default=0)
     print(
         f"{len(resident)} answers in {time.monotonic() - started:.0f} s, {len(drift)} compared: "
-        f"{mismatches} mismatches, largest difference {max(drift, default=0):.1e}, median {np.median(drift or [0]):.1e}\n"
+        f"{mismatches} mismatches, largest difference {largest:.1e}, median {np.median(drift or [0]):.1e}\n"
         f"memory: {resident[0] / 1e6:.0f} MB at first, {max(resident) / 1e6:.0f} MB at most, second half "
         f"{slope:+.0f} bytes an answer, {growth / 1e6:+.1f} MB between its halves: {'flat' if flat else 'GROWING'}"
     )
