@@ -229,24 +229,30 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
     most, stale = tolerance(models, draw, 8)
     print(f"{path.name}: tolerance {most:.1e} of the logits' range; one stale token makes {stale:.1e}")
 
-    drift, mismatches, resident, started = [], 0, [], time.monotonic()
-    for number in range(answers):
-        model = models[draw.rng.integers(len(models))]
-        step(model, draw)
-        if draw.chance(1 / every):
-            prompt, dials, scope = draw.prompt(), dict(model.llm.angles), model.llm.scope
-            drift.append(apart(first_logits(model.llm, prompt), fresh_logits(model, dials, scope, prompt)))
-            if not drift[-1] <= most:
-                mismatches += 1
-                print(
-                    f"answer {number}, {model.engine}, {scope}, {dials}, {len(prompt)} tokens: off by {drift[-1]:.1e}"
-                )
-        resident.append(memory())
-        if (number + 1) % 100 == 0:
-            print(f"{number + 1} answers, {resident[-1] / 1e6:.0f} MB", file=sys.stderr)
+    drift: list[float] = []
+    resident: list[int] = []
+    mismatches, started = 0, time.monotonic()
+    try:
+        for number in range(answers):
+            model = models[draw.rng.integers(len(models))]
+            step(model, draw)
+            if draw.chance(1 / every):
+                prompt, dials, scope = draw.prompt(), dict(model.llm.angles), model.llm.scope
+                drift.append(apart(first_logits(model.llm, prompt), fresh_logits(model, dials, scope, prompt)))
+                if not drift[-1] <= most:
+                    mismatches += 1
+                    where = f"{model.engine}, {scope}, {dials}, {len(prompt)} tokens"
+                    print(f"answer {number}, {where}: off by {drift[-1]:.1e}")
+            resident.append(memory())
+            if len(resident) % 100 == 0:
+                print(f"{len(resident)} answers, {resident[-1] / 1e6:.0f} MB", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: what follows is of the answers so far")
+    if len(resident) < 4:
+        return False
 
     half = len(resident) // 2  # the first half fills caches and what is kept of states
-    slope = float(np.polyfit(np.arange(half, len(resident)), resident[half:], 1)[0]) if half > 1 else 0.0
+    slope = float(np.polyfit(np.arange(half, len(resident)), resident[half:], 1)[0])
     quarters = np.array_split(np.array(resident[half:]), 2)
     growth = float(np.median(quarters[1]) - np.median(quarters[0]))
     flat, largest = growth <= MOST_GROWTH, max(drift, default=0)
