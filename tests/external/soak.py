@@ -15,6 +15,8 @@ can catch is measured too: the difference that a single token makes that was cac
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 import tempfile
@@ -64,6 +66,11 @@ class Model:
 
     def __post_init__(self) -> None:
         self.llm = self.fresh(dict.fromkeys((each.name for each in self.steerings), None), "all")
+
+    @property
+    def held(self) -> int:
+        """Bytes of the saved states, which are ours and no leak."""
+        return sum(len(each.llama_state) + each.scores.nbytes + each.input_ids.nbytes for each in self.states)
 
     def fresh(self, dials: Dials, scope: Any) -> SteeredLlama:
         with warnings.catch_warnings():
@@ -188,7 +195,14 @@ def step(model: Model, draw: Draw) -> None:
 
 
 def memory() -> int:
-    """Bytes resident now; the most there ever were, where the system does not say."""
+    """Bytes resident now; the most there ever were, where the system does not say.
+
+    What is garbage is collected first (llama-cpp-python's samplers hold memory of llama.cpp's in a cycle), and the
+    allocator gives back what it only keeps, where it can (glibc).
+    """
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
@@ -243,7 +257,7 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
                     mismatches += 1
                     where = f"{model.engine}, {scope}, {dials}, {len(prompt)} tokens"
                     print(f"answer {number}, {where}: off by {drift[-1]:.1e}")
-            resident.append(memory())
+            resident.append(memory() - sum(each.held for each in models))
             if len(resident) % 100 == 0:
                 print(f"{len(resident)} answers, {resident[-1] / 1e6:.0f} MB", file=sys.stderr)
     except KeyboardInterrupt:
@@ -259,8 +273,8 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
     print(
         f"{len(resident)} answers in {time.monotonic() - started:.0f} s, {len(drift)} compared: "
         f"{mismatches} mismatches, largest difference {largest:.1e}, median {np.median(drift or [0]):.1e}\n"
-        f"memory: {resident[0] / 1e6:.0f} MB at first, {max(resident) / 1e6:.0f} MB at most, second half "
-        f"{slope:+.0f} bytes an answer, {growth / 1e6:+.1f} MB between its halves: {'flat' if flat else 'GROWING'}"
+        f"memory without saved states: {resident[0] / 1e6:.0f} MB at first, {max(resident) / 1e6:.0f} MB at most, "
+        f"second half {slope:+.0f} bytes an answer, {growth / 1e6:+.1f} MB between its halves: {'flat' if flat else 'GROWING'}"
     )
     return flat and not mismatches and bool(drift)
 
