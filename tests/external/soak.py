@@ -48,6 +48,7 @@ LEAST_TOLERANCE = 2e-5  # of the logits' range: float32 sums in another order, t
 MARGIN = 3
 STATES_KEPT = 3
 MOST_GROWTH = 16 << 20
+MEMORY_EVERY = 10  # answers; collecting garbage takes longer than an answer of the tiny model
 
 Logits = NDArray[np.float32]
 Dials = dict[str, float | None]
@@ -245,7 +246,7 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
 
     drift: list[float] = []
     resident: list[int] = []
-    mismatches, started = 0, time.monotonic()
+    done, mismatches, started = 0, 0, time.monotonic()
     try:
         for number in range(answers):
             model = models[draw.rng.integers(len(models))]
@@ -257,24 +258,27 @@ def soak(path: Path, answers: int, every: int, context: int, seed: int) -> bool:
                     mismatches += 1
                     where = f"{model.engine}, {scope}, {dials}, {len(prompt)} tokens"
                     print(f"answer {number}, {where}: off by {drift[-1]:.1e}")
-            resident.append(memory() - sum(each.held for each in models))
-            if len(resident) % 100 == 0:
-                print(f"{len(resident)} answers, {resident[-1] / 1e6:.0f} MB", file=sys.stderr)
+            done = number + 1
+            if done % MEMORY_EVERY == 0:
+                resident.append(memory() - sum(each.held for each in models))
+            if done % 100 == 0:
+                print(f"{done} answers, {resident[-1] / 1e6:.0f} MB", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: what follows is of the answers so far")
     if len(resident) < 4:
         return False
 
     half = len(resident) // 2  # the first half fills caches and what is kept of states
-    slope = float(np.polyfit(np.arange(half, len(resident)), resident[half:], 1)[0])
+    slope = float(np.polyfit(MEMORY_EVERY * np.arange(half, len(resident)), resident[half:], 1)[0])
     quarters = np.array_split(np.array(resident[half:]), 2)
     growth = float(np.median(quarters[1]) - np.median(quarters[0]))
     flat, largest = growth <= MOST_GROWTH, max(drift, default=0)
+    verdict = "flat" if flat else "GROWING"
     print(
-        f"{len(resident)} answers in {time.monotonic() - started:.0f} s, {len(drift)} compared: "
+        f"{done} answers in {time.monotonic() - started:.0f} s, {len(drift)} compared: "
         f"{mismatches} mismatches, largest difference {largest:.1e}, median {np.median(drift or [0]):.1e}\n"
         f"memory without saved states: {resident[0] / 1e6:.0f} MB at first, {max(resident) / 1e6:.0f} MB at most, "
-        f"second half {slope:+.0f} bytes an answer, {growth / 1e6:+.1f} MB between its halves: {'flat' if flat else 'GROWING'}"
+        f"second half {slope:+.0f} bytes an answer, {growth / 1e6:+.1f} MB between its halves: {verdict}"
     )
     return flat and not mismatches and bool(drift)
 
