@@ -44,6 +44,57 @@ native-cost:
     for on in 0 1 3; do valgrind --tool=callgrind --toggle-collect=steer_eval \
       --callgrind-out-file=build/cost.$on build/cost $on 2>&1 | grep -E "Collected|a token"; done
 
+# The C library's own test under a sanitizer; warnings in the test are errors too
+[private]
+native-sanitized name flags:
+    @mkdir -p build/sanitize
+    @cc -std=gnu11 -g -O1 -fopenmp-simd -Wall -Wextra -Werror -fno-omit-frame-pointer -DSTEER_NO_CLONES {{flags}} \
+      native/*.c native/tests/sanitize_steer.c -lm -lpthread -o build/sanitize/{{name}}
+    @echo -n "{{name}}: " && build/sanitize/{{name}}
+
+# No access out of bounds, after freeing, or leaked
+native-asan: (native-sanitized "asan" "-fsanitize=address")
+
+# No undefined behaviour
+native-ubsan: (native-sanitized "ubsan" "-fsanitize=undefined -fno-sanitize-recover=all")
+
+# No data race between two models in two threads
+native-tsan: (native-sanitized "tsan" "-fsanitize=thread")
+
+# The three of them, seconds each
+native-sanitizers: native-asan native-ubsan native-tsan
+
+# Feed the C library random programs of calls (needs clang with libFuzzer); inputs that found something new are kept
+fuzz-native seconds="600":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    mkdir -p build/fuzz/native
+    cd build/fuzz
+    flags="-g -O1 -fopenmp-simd -std=gnu11 -fno-sanitize-recover=undefined -fsanitize=address,undefined"
+    for source in ../../native/*.c; do
+      clang $flags,fuzzer-no-link -Dmalloc=fuzz_malloc -Dcalloc=fuzz_calloc -Drealloc=fuzz_realloc \
+        -c "$source" -o "native-$(basename "$source" .c).o"
+    done
+    clang $flags,fuzzer ../../tests/fuzz/fuzz_steer.c native-*.o -lm -o fuzz_steer
+    ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=64 \
+      ./fuzz_steer -max_total_time={{seconds}} -max_len=4096 -timeout=10 -print_final_stats=1 -verbosity=0 native
+
+# Feed the readers of GGUF and prompt files random bytes, SECONDS each (needs `pip install atheris`)
+fuzz-files seconds="600":
+    mkdir -p build/fuzz
+    for target in gguf prompts; do \
+      {{python}} tests/fuzz/fuzz_files.py $target build/fuzz/$target -max_total_time={{seconds}} -timeout=10 \
+        -rss_limit_mb=1024 -max_len=4096 -print_final_stats=1 -verbosity=0 -artifact_prefix=build/fuzz/ || exit 1; \
+    done
+
+# Processor time and memory of every flipped bit and every length of small files, and of large files' claims
+hostile-cost:
+    {{python}} tests/fuzz/hostile_cost.py
+
+# Thousands of answers with everything changing, held against fresh contexts; `just soak -m smollm2-135m --answers 300`
+soak *args:
+    {{python}} tests/external/soak.py {{args}}
+
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, shown
 
 # numpy has no bfloat16: its bits are kept as uint16, which no checkpoint of the families here holds otherwise.
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_LONGEST_NAME = 200  # of a file
 _CHUNK = 1 << 22  # elements turned to float32 at a time
 
 
@@ -81,7 +82,7 @@ class Config:
         """A positive whole number. Raises FormatError where there is none."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise FormatError(f"{self.path}: expected a positive whole number as {key}, got {value!r}")
+            raise FormatError(f"{self.path}: expected a positive whole number as {key}, got {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -92,7 +93,7 @@ class Config:
         """An object; empty where there is none."""
         value = self.get(key, {})
         if not isinstance(value, dict):
-            raise FormatError(f"{self.path}: expected an object as {key}, got {value!r}")
+            raise FormatError(f"{self.path}: expected an object as {key}, got {shown(value)}")
         return value
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
@@ -106,7 +107,7 @@ class Config:
 def positive(path: Path, key: str, value: Any) -> float:
     """`value` as a positive finite number. Raises FormatError where it is none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise FormatError(f"{path}: expected a positive number as {key}, got {value!r}")
+        raise FormatError(f"{path}: expected a positive number as {key}, got {shown(value)}")
     return float(value)
 
 
@@ -131,7 +132,7 @@ def read_config(directory: Path) -> Config:
     values = read_json(path)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise FormatError(f"{path}: expected the family's name as model_type, got {model_type!r}")
+        raise FormatError(f"{path}: expected the family's name as model_type, got {shown(model_type)}")
     text = values.get("text_config")
     if isinstance(text, dict):
         values = {**values, **text, "model_type": model_type}
@@ -162,15 +163,15 @@ def read_weights(directory: Path) -> dict[str, Weight]:
         raise FormatError(f"{index}: expected a weight_map of tensor names to files; download the file again")
     found: dict[str, Weight] = {}
     for file in sorted(set(shards.values())):
-        if Path(file).name != file:
-            raise FormatError(f"{index}: expected file names without folders, got {file!r}")
+        if Path(file).name != file or not file.isprintable() or len(file) > _LONGEST_NAME:
+            raise FormatError(f"{index}: expected file names without folders, got {shown(file)}")
         if not (directory / file).is_file():
             raise SteerError(f"{index}: names {file}, which is not there; download it")
         found |= _shard(directory / file)
     missing = [name for name in shards if name not in found]
     if missing:
         raise FormatError(
-            f"{index}: says that {shards[missing[0]]} holds {missing[0]}, it does not; download both again"
+            f"{index}: says that {shards[missing[0]]} holds {shown(missing[0])}, it does not; download both again"
         )
     return found
 
@@ -185,7 +186,9 @@ def _shard(path: Path) -> dict[str, Weight]:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: expected a safetensors file, got {error}; download it again") from None
+        raise FormatError(
+            f"{path}: expected a safetensors file, got {shown(str(error), 200)}; download it again"
+        ) from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -198,7 +201,7 @@ def _shard(path: Path) -> dict[str, Weight]:
         start, stop = (8 + length + offset for offset in info["data_offsets"])
         if info["dtype"] not in _DTYPES:
             raise FormatError(
-                f"{path}: expected {name} as {', '.join(_DTYPES)}, got {info['dtype']}; dequantize it first"
+                f"{path}: expected {shown(name)} as {', '.join(_DTYPES)}, got {info['dtype']}; dequantize it first"
             )
         found[name] = Weight((data[start:stop].view(_DTYPES[info["dtype"]]).reshape(info["shape"]),))
     return found

@@ -30,7 +30,7 @@ from edge_steer.converters.qwen2 import QWEN2, QWEN2_MOE
 from edge_steer.converters.qwen3 import QWEN3
 from edge_steer.converters.same_tokens import demand_same_tokens
 from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export import ggml
 from edge_steer.export.baked import baker
 from edge_steer.export.progress import Progress, no_progress
@@ -51,7 +51,7 @@ TYPES = {
 Transform = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
 # Left behind by older files, computed anew by every engine; and the half of a multimodal model that reads images.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*")
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.*)")
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,14 @@ def read(directory: str | Path, *, pre: str | None = None) -> Source:
     if family is None:
         known = ", ".join(FAMILIES)
         raise SteerError(
-            f"{config.path}: expected model_type {known}, got {config.values['model_type']!r}; {OTHER_WAY}"
+            f"{config.path}: expected model_type {known}, got {shown(config.values['model_type'])}; {OTHER_WAY}"
         )
     config = config.with_defaults(family.defaults)
     activation = config.get("hidden_activation", config.get("hidden_act", family.activation))
     if activation != family.activation:
-        raise SteerError(f"{config.path}: expected activation {family.activation}, got {activation!r}; {OTHER_WAY}")
+        raise SteerError(
+            f"{config.path}: expected activation {family.activation}, got {shown(activation)}; {OTHER_WAY}"
+        )
     family.check(config)
     if family.arch not in ("gemma2", "gemma3") and (note := note_window(config)):
         warnings.warn(note, stacklevel=2)
@@ -129,9 +131,12 @@ def _weights(directory: Path, config: Config, family: Family) -> dict[str, Weigh
     another shape than the configuration says."""
     layers, width = config.integer("num_hidden_layers"), config.integer("hidden_size")
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.arch)
+    weights = _stacked(directory, read_weights(directory))
+    if layers > len(weights):
+        raise FormatError(f"{config.path}: expected at most {len(weights)} layers for as many weights, got {layers}")
     names = get_tensor_name_map(MODEL_ARCH(arch), layers)
     found: dict[str, Weight] = {}
-    for tensor, weight in _stacked(directory, read_weights(directory)).items():
+    for tensor, weight in weights.items():
         stem, _, kind = tensor.replace("language_model.", "").rpartition(".")
         if not stem.startswith(("model.", "lm_head")):
             stem = f"model.{stem}"
@@ -139,10 +144,11 @@ def _weights(directory: Path, config: Config, family: Family) -> dict[str, Weigh
         if _UNUSED.fullmatch(tensor):
             continue
         if name is None or kind not in ("weight", "bias"):
-            raise SteerError(f"{directory}: {tensor} has no place in llama.cpp's {family.arch}; {OTHER_WAY}")
+            raise SteerError(f"{directory}: {shown(tensor)} has no place in llama.cpp's {family.arch}; {OTHER_WAY}")
         found[f"{name}.{kind}"] = family.form(config, f"{name}.{kind}", weight)
 
-    size = config.integer("vocab_size", found["token_embd.weight"].shape[0] if "token_embd.weight" in found else 1)
+    embedding = found["token_embd.weight"].shape if "token_embd.weight" in found else ()
+    size = config.integer("vocab_size", embedding[0] if embedding else 1)
     expected = {"token_embd.weight": (size, width), "output_norm.weight": (width,)}
     if config.get("tie_word_embeddings") and _same(found.get("output.weight"), found.get("token_embd.weight")):
         found.pop("output.weight", None)
@@ -178,7 +184,7 @@ def _stacked(directory: Path, weights: Mapping[str, Weight]) -> dict[str, Weight
     for name, parts in experts.items():
         if sorted(parts) != list(range(len(parts))) or len({part.shape for part in parts.values()}) != 1:
             raise FormatError(
-                f"{directory}: expected experts of one shape without a gap in {name}, got {sorted(parts)}"
+                f"{directory}: expected experts of one shape without a gap in {shown(name)}, got {shown(sorted(parts))}"
             )
         found[name] = Weight(tuple(parts[number].parts[0] for number in sorted(parts)))
     return found

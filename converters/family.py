@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.converters.checkpoint import Config, Weight, positive
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, shown
 
 Keys = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -88,8 +88,11 @@ def dense_shapes(config: Config) -> Shapes:
     return {**attention_shapes(config), "ffn_gate": (f, d), "ffn_up": (f, d), "ffn_down": (d, f)}
 
 
-def neighbours(weight: Weight, heads: int) -> Weight:
+def neighbours(name: str, weight: Weight, heads: int) -> Weight:
     """Each head's rows so that two that turn together are neighbours; transformers has them half a head apart."""
+
+    if not weight.size or not weight.shape or weight.shape[0] % (2 * heads):
+        raise FormatError(f"expected {name} as the rows of {heads} heads of an even width, got shape {weight.shape}")
 
     def order(part: NDArray[Any]) -> NDArray[Any]:
         ordered: NDArray[Any] = part.reshape(heads, 2, -1, *part.shape[1:]).swapaxes(1, 2).reshape(part.shape)
@@ -118,7 +121,7 @@ def rope_parameters(config: Config, kind: str = "full_attention") -> dict[str, A
     given = config.mapping("rope_parameters")
     own = given.get(kind, given)
     if not isinstance(own, dict):
-        raise FormatError(f"{config.path}: expected an object as rope_parameters.{kind}, got {own!r}")
+        raise FormatError(f"{config.path}: expected an object as rope_parameters.{kind}, got {shown(own)}")
     found = {**config.mapping("rope_scaling"), **own}
     kept = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
     merged = {**{key: value for key, value in kept.items() if value is not None}, **found}
@@ -175,7 +178,7 @@ def rope(config: Config) -> tuple[Keys, dict[str, Array]]:
             "rope.scaling.attn_factor": number("attention_factor", own),
         }
         return keys, {f"rope_factors_{which}.weight": _listed(config, given, which) for which in ("long", "short")}
-    raise SteerError(f"{config.path}: rotary scaling {kind!r} is not known here; {OTHER_WAY}")
+    raise SteerError(f"{config.path}: rotary scaling {shown(kind)} is not known here; {OTHER_WAY}")
 
 
 OTHER_WAY = (

@@ -12,9 +12,9 @@ def _form(config: Config, name: str, weight: Weight) -> Weight:
     """llama.cpp turns neighbouring elements of a head's queries and keys in this architecture."""
     heads = config.integer("num_attention_heads")
     if ".attn_q." in name:
-        return neighbours(weight, heads)
+        return neighbours(name, weight, heads)
     if ".attn_k." in name:
-        return neighbours(weight, config.integer("num_key_value_heads", heads))
+        return neighbours(name, weight, config.integer("num_key_value_heads", heads))
     return weight
 
 

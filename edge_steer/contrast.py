@@ -24,11 +24,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, shown
 
 PRESETS = Path(__file__).parent / "presets"
 PROMPT_KEYS = ("prompt", "system", "prefix")
 LONGEST_LINE = 100_000  # characters
+LARGEST_FILE = 1 << 28  # bytes: what looks like no more than a file may be a hole of a terabyte
 
 # Contents are stripped: a model begins its answer with a space of its own, and two would be other tokens than it wrote.
 PLAIN_FORMS = {"system": "{}\n\n", "user": "{}\nAnswer:", "assistant": " {}\n\n"}
@@ -47,19 +48,15 @@ PLAIN_TEMPLATE = (
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
-def _shown(value: object) -> str:
-    return repr(value)[:60]
-
-
 def _check_text(what: str, value: object) -> None:
     if not isinstance(value, str):
-        raise FormatError(f"expected text as {what}, got {_shown(value)}; write it as a string")
+        raise FormatError(f"expected text as {what}, got {shown(value)}; write it as a string")
     if not value.strip():
         raise FormatError(f"expected text as {what}, got a blank; write some or leave it out")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise FormatError(f"expected Unicode text as {what}, got half of a surrogate pair: {_shown(value)}") from None
+        raise FormatError(f"expected Unicode text as {what}, got half of a surrogate pair: {shown(value)}") from None
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def prompt_set(positive_path: str | Path, negative_path: str | Path, name: str) 
 def _check_keys(path: Path, number: int, keys: Iterable[str]) -> None:
     unknown = [key for key in keys if key not in PROMPT_KEYS]
     if unknown:
-        names = ", ".join(map(_shown, unknown[:5]))
+        names = ", ".join(map(shown, unknown[:5]))
         raise FormatError(f"{path}:{number}: expected the keys {', '.join(PROMPT_KEYS)}, got {names}; remove it")
 
 
@@ -203,6 +200,8 @@ def _text(path: Path) -> str:
         got = "a folder" if path.is_dir() else "no such file"
         raise SteerError(f"{path}: expected a file, got {got}; check the path")
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise FormatError(f"{path}: expected at most {LARGEST_FILE} bytes, got {path.stat().st_size}; split it")
         data = path.read_bytes()
     except OSError as error:
         raise SteerError(f"{path}: expected a file to read, got {error.strerror}; check its permissions") from None
@@ -247,7 +246,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "out of bounds"
             raise FormatError(f"{path}:{number}: expected a JSON object, got invalid JSON ({reason})") from None
         if not isinstance(record, dict):
-            raise FormatError(f"{path}:{number}: expected a JSON object, got {_shown(record)}")
+            raise FormatError(f"{path}:{number}: expected a JSON object, got {shown(record)}")
         yield number, record
 
 
@@ -267,10 +266,10 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if header is None:
             header = [cell.strip() for cell in row]
             if "prompt" not in header:
-                raise FormatError(f"{path}:{number}: expected a header with a prompt column, got {_shown(header)}")
+                raise FormatError(f"{path}:{number}: expected a header with a prompt column, got {shown(header)}")
             _check_keys(path, number, header)
             if len(set(header)) < len(header):
-                raise FormatError(f"{path}:{number}: expected every column once, got {_shown(header)}")
+                raise FormatError(f"{path}:{number}: expected every column once, got {shown(header)}")
         elif len(row) > len(header):
             raise FormatError(
                 f"{path}:{number}: expected at most {len(header)} cells, got {len(row)}; quote text with commas"

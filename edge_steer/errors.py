@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+_SHOWN = 80
+
+
+def shown(value: object, most: int = _SHOWN) -> str:
+    """What a file holds, short enough for a message of one line, whatever it is: at most `most` characters."""
+    try:
+        text = repr(value[:most] if isinstance(value, str) else value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
 
 class SteerError(Exception):
     """Base of all errors of edge-steer: the message says what was expected, what was found, and what to do."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUFValueType
 
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, shown
 
 # What no honest file comes near. They keep the time that a hostile one can cost to seconds.
 _MAX_HEAD = 512 << 20
@@ -190,7 +190,7 @@ def _read(cursor: _Cursor, wanted: Callable[[str], bool], hashed: str) -> Gguf:
         start = cursor.at
         key = cursor.string("key", _MAX_KEY_BYTES)
         if key in seen:
-            raise cursor.error("key", "every key once", f"{key!r} twice", start)
+            raise cursor.error("key", "every key once", f"{shown(key)} twice", start)
         seen.add(key)
         value, digest = _value(cursor, key, wanted(key), key == hashed)
         sha256 = sha256 or digest
@@ -216,7 +216,7 @@ def _kind(cursor: _Cursor, number: int, what: str) -> GGUFValueType:
 
 def _value(cursor: _Cursor, key: str, keep: bool, hash_it: bool) -> tuple[Value | None, str | None]:
     """The value at the cursor, None where it is passed over, and its hash where asked for."""
-    what = f"value of {key!r}"
+    what = f"value of {shown(key)}"
     kind = _kind(cursor, cursor.unpack(_U32, what)[0], what)
     if hash_it and kind != GGUFValueType.ARRAY:
         raise cursor.error(what, "an array of strings", kind.name)
@@ -275,7 +275,7 @@ def _alignment(cursor: _Cursor, value: Value | None) -> int:
         return 32
     alignment = value.value
     if value.type != GGUFValueType.UINT32 or alignment <= 0 or alignment & (alignment - 1):
-        got = f"{alignment} ({value.type.name})"
+        got = f"{shown(alignment)} ({value.type.name})"
         raise cursor.error("value of 'general.alignment'", "a power of two (UINT32)", got)
     return int(alignment)
 
@@ -285,7 +285,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[TensorInfo, .
     for _ in range(count):
         start = cursor.at
         name = cursor.string("tensor name", _MAX_KEY_BYTES)
-        what = f"tensor {name!r}"
+        what = f"tensor {shown(name)}"
         (dimensions,) = cursor.unpack(_U32, what)
         if dimensions > _MAX_DIMENSIONS:
             raise cursor.error(what, f"at most {_MAX_DIMENSIONS} dimensions", dimensions)
@@ -323,6 +323,6 @@ def _check_extent(cursor: _Cursor, tensor: TensorInfo, data_start: int) -> None:
     end = data_start + tensor.offset + (tensor_bytes(tensor) or 0)
     if end > cursor.size:
         raise FormatError(
-            f"{cursor.path}: expected tensor {tensor.name!r} to end by byte {cursor.size}, the end of the file, "
+            f"{cursor.path}: expected tensor {shown(tensor.name)} to end by byte {cursor.size}, the end of the file, "
             f"got byte {end}; the file is cut short: fetch it again"
         )

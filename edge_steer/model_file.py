@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from edge_steer.errors import FormatError
+from edge_steer.errors import FormatError, shown
 from edge_steer.gguf_metadata import TensorInfo, Value, read_gguf
-from edge_steer.steering import CONTROL_CHARACTERS, BaseModel
+from edge_steer.steering import CONTROL_CHARACTERS, MAX_NAME, BaseModel
 
 __all__ = ["ModelFile", "TensorInfo", "read_model"]
 
@@ -20,6 +20,7 @@ _VOCABULARY = {
     f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
 }
 _SMALL = 4096
+_MAX_BLOCKS = 1 << 14  # llama.cpp takes 512; every block is a few sites to make
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ModelFile:
 
     @property
     def block_count(self) -> int:
-        return self._size("block_count")
+        return self._size("block_count", _MAX_BLOCKS)
 
     @property
     def embedding_length(self) -> int:
@@ -68,14 +69,14 @@ class ModelFile:
     @property
     def base(self) -> BaseModel:
         """The model as a steering names it. Raises FormatError where the file does not state its sizes."""
-        name = re.sub(CONTROL_CHARACTERS, " ", self.name).strip()
+        name = re.sub(CONTROL_CHARACTERS, " ", self.name[:MAX_NAME]).strip()
         return BaseModel(self.architecture, name, self.block_count, self.embedding_length, self.tokenizer_sha256)
 
-    def _size(self, what: str) -> int:
+    def _size(self, what: str, most: int = (1 << 32) - 1) -> int:
         key = f"{self.architecture}.{what}"
         size = self.metadata.get(key)
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 32:
-            raise FormatError(f"{self.path}: expected a positive number as {key}, got {size!r}; is this a model?")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most:
+            raise FormatError(f"{self.path}: expected {key} from 1 to {most}, got {shown(size)}; is this a model?")
         return size
 
 
@@ -90,14 +91,17 @@ def read_model(path: str | Path) -> ModelFile:
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if not isinstance(architecture, str) or not architecture:
         raise FormatError(f"{path}: expected a model, got a file without general.architecture; give a model's GGUF")
+    if len(architecture) > MAX_NAME or re.search(CONTROL_CHARACTERS, architecture):
+        raise FormatError(f"{path}: expected a name as general.architecture, got {shown(architecture)}")
     if architecture == "edge-steer":
         raise FormatError(f"{path}: expected a model, got a steering file; give it with -s and a model with -m")
     if kind != "model":
-        raise FormatError(f"{path}: expected a model, got a file of general.type {kind!r}; give a model's GGUF")
-    parts = metadata.get("split.count", 1)
+        raise FormatError(f"{path}: expected a model, got a file of general.type {shown(kind)}; give a model's GGUF")
+    parts, part = metadata.get("split.count", 1), metadata.get("split.no", 0)
     if isinstance(parts, int) and parts > 1:
+        number = part + 1 if isinstance(part, int) else shown(part)
         raise FormatError(
-            f"{path}: expected a model in one file, got part {metadata.get('split.no', 0) + 1} of {parts}; "
+            f"{path}: expected a model in one file, got part {number} of {parts}; "
             "join them with llama-gguf-split --merge"
         )
     return ModelFile(path, metadata, head.tensors, head.data_start, head.sha256)

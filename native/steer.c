@@ -209,9 +209,11 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
     hook->reached[site]++;
     if (type != ggml->type_f32) return STEER_BAD_TYPE;
     if (n == 0) return STEER_OK; /* the last block of a micro-batch without outputs */
-    if (n < 0 || elements != n * hook->d) return STEER_BAD_WIDTH;
+    /* n * d and its bytes could overflow. */
+    if (elements < 0 || elements % hook->d != 0 || elements / hook->d != n) return STEER_BAD_WIDTH;
+    if ((uint64_t)elements > PTRDIFF_MAX / sizeof(float)) return STEER_NO_MEMORY;
     if (!ggml->is_contiguous(tensor)) return STEER_BAD_LAYOUT;
-    if (buffer == NULL) return STEER_NO_BUFFER;
+    if (buffer == NULL || ggml->get_data(tensor) == NULL) return STEER_NO_BUFFER; /* ggml would end the process */
 
     const bool host = ggml->buffer_is_host(buffer), turn = hook->sites[site].n_on > 0;
     int32_t status = STEER_OK;
@@ -337,8 +339,9 @@ static bool all_finite(const float *x, int64_t n) {
 
 int32_t steer_add(steer_hook *hook, int32_t op, int32_t n, const int32_t *site, const int32_t *plane,
                   const float *scale, int32_t n_planes, const float *basis, int32_t *id) {
-    if (!hook || op < STEER_TURN_BY || op > STEER_ADD || n < 1 || !site || !plane || n_planes < 1 ||
-        n_planes > 1 << 20 || !basis || !id || (op == STEER_ADD && !scale) || hook->n_steerings == 1 << 20) {
+    if (!hook || op < STEER_TURN_BY || op > STEER_ADD || n < 1 || n > hook->n_sites || !site || !plane ||
+        n_planes < 1 || n_planes > 1 << 20 || !basis || !id || (op == STEER_ADD && !scale) ||
+        hook->n_steerings == 1 << 20) {
         return STEER_BAD_ARGUMENT;
     }
     const int32_t rank = op == STEER_TURN_BY || op == STEER_TURN_TO ? 2 : 1;
@@ -389,7 +392,7 @@ int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz) {
     if (hook == NULL || id < 0 || id >= hook->n_steerings) return STEER_BAD_ARGUMENT;
     struct steering *s = &hook->steerings[id];
     if (xyz) {
-        const float x = (float)xyz[0], y = (float)xyz[1], z = (float)xyz[2];
+        const float x = (float)xyz[0], y = (float)xyz[1], z = (float)xyz[2]; /* a double may be too large for one */
         if (!isfinite(x) || !isfinite(y) || isnan(z)) return STEER_BAD_ARGUMENT;
         s->x = x;
         s->y = y;
@@ -428,6 +431,7 @@ int32_t steer_rows(const steer_hook *hook, int32_t site, float *rows, int64_t n)
 
 size_t steer_names(const steer_hook *hook, char *out, size_t size) {
     size_t used = 0;
+    if (out != NULL && size > 0) out[0] = '\0';
     for (int32_t i = 0; hook != NULL && i < hook->n_slots; i++) {
         if (hook->nodes[i].tensor == NULL) continue;
         const char *end = memchr(hook->nodes[i].name, '\0', NAME - 1);

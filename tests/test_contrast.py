@@ -137,6 +137,58 @@ def test_a_missing_file_a_folder_and_another_suffix_are_refused(tmp_path: Path, 
         assert name in str(caught.value)
 
 
+def test_a_file_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
+    for suffix in ("txt", "jsonl", "csv"):
+        path = tmp_path / f"p.{suffix}"
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(FormatError, match="expected at most"):
+            read_prompts(path)
+
+
+@pytest.mark.parametrize("open_", ["[", '{"a":', '{"prompt":['])
+def test_nesting_of_any_depth_is_refused_in_one_line(tmp_path: Path, open_: str) -> None:
+    """Where Python's own limit lies depends on the call: every depth around it is tried."""
+    path = tmp_path / "p.jsonl"
+    for depth in [*range(150, 1100), 50_000 // len(open_)]:
+        close = "".join({"[": "]", "{": "}"}[each] for each in reversed(open_) if each in "[{")
+        path.write_text(open_ * depth + "1" + close * depth)
+        with pytest.raises(FormatError) as caught:
+            read_prompts(path)
+        assert len(str(caught.value)) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.csv", 'prompt\n"' + "one\n" * 40_000 + '"\n', None),
+        ("p.csv", 'prompt\n"' + "one\n" * 20_000, None),
+        ("p.csv", "prompt;system\na;b\n", None),
+        ("p.csv", 'prompt\n=cmd()\n"a""b"\n', ("=cmd()", 'a"b')),
+        ("p.csv", 'prompt\na "quoted" word\n', ('a "quoted" word',)),
+        ("p.txt", "caf\xe9\n".encode("latin-1"), None),
+        ("p.txt", "é\n".encode() + "é\n".encode("latin-1"), None),
+        ("p.txt", "a\n".encode("utf-16-le"), None),
+        ("p.txt", "a\n".encode("utf-32"), None),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', ("b",)),
+        ("p.jsonl", '{"prompt": ' + "1" * 90_000 + "}\n", None),
+        ("p.jsonl", '{"prompt": NaN}\n', None),
+    ],
+)
+def test_other_dialects_and_mixed_encodings_are_read_or_refused_with_the_line(
+    write: Write, name: str, content: bytes | str, prompts: tuple[str, ...] | None
+) -> None:
+    path = write(name, content)
+    if prompts is not None:
+        assert tuple(each.prompt for each in read_prompts(path)) == prompts
+        return
+    with pytest.raises(FormatError) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"{path}:")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
 PIECES = b"""{"prompt": |"a"|}|\n|\r|\xff|\xef\xbb\xbf|,|"|\\ud800|prompt,system|null|1e999|\xe2\x80\xa8| """.split(
     b"|"
 )

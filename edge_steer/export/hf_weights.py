@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export.readers import check_experts, gguf_name, steered_readers
 from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture
 from edge_steer.steering import BaseModel, Steering
 
 _LENGTH = struct.Struct("<Q")
+_LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_LONGEST_NAME = 200  # of a file
+_MOST_AXES = 8  # their product is a number of any length
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -35,9 +38,9 @@ class HfTensor:
     def memory(self, path: Path, mode: Any = "r") -> NDArray[Any]:
         """Its values in the shard's copy at `path`, mapped. Raises SteerError for a type that is no plain float."""
         if self.type not in _TYPES:
-            known = ", ".join(_TYPES)
+            known, found = ", ".join(_TYPES), shown(self.type)
             raise SteerError(
-                f"expected {self.name} as one of {known}, got {self.type}; give a checkpoint not quantized"
+                f"expected {shown(self.name)} as one of {known}, got {found}; give a checkpoint that is not quantized"
             )
         return np.memmap(path, _TYPES[self.type], mode, self.start, self.shape)
 
@@ -62,13 +65,17 @@ class Checkpoint:
         experts: dict[str, int] = {}
         for tensor in found:
             shape, name = self.tensors[tensor].shape, self.names[tensor]
-            if shape[-1] != self.base.embedding_length:
-                raise SteerError(f"expected {tensor} with rows of {self.base.embedding_length}, got shape {shape}")
+            if shape[-1:] != (self.base.embedding_length,):
+                raise SteerError(
+                    f"expected {shown(tensor)} with rows of {self.base.embedding_length}, got shape {shape}"
+                )
             self.tensors[tensor].memory(self.tensors[tensor].shard)  # refuses a type that cannot be turned
             if name.endswith("_exps.weight"):
                 experts[name] = experts.get(name, 0) + (shape[0] if len(shape) == 3 else 1)
-        config = self.config.get("text_config", self.config)
+        config = _text_config(self.folder, self.config)
         count = config.get("num_local_experts") or config.get("num_experts") or 0
+        if not isinstance(count, int):
+            raise FormatError(f"{self.folder}/config.json: expected a number of experts, got {shown(count)}")
         check_experts(list(experts.items()), count)
         return found
 
@@ -82,46 +89,69 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise SteerError(f"expected a Hugging Face directory with config.json, got {folder}; give a GGUF to --to gguf")
     config = _json(folder / "config.json")
-    text = config.get("text_config", config)
-    model_type = next(
-        (each for each in (config.get("model_type"), text.get("model_type")) if each in MODEL_TYPES), None
-    )
+    text = _text_config(folder, config)
+    named = [each for each in (config.get("model_type"), text.get("model_type")) if isinstance(each, str)]
+    model_type = next((each for each in named if each in MODEL_TYPES), None)
     if model_type is None:
         known = ", ".join(sorted(MODEL_TYPES))
         raise SteerError(
-            f"expected a model_type among {known}, got {config.get('model_type')!r} in {folder}/config.json"
+            f"expected a model_type among {known}, got {shown(config.get('model_type'))} in {folder}/config.json"
         )
     if "quantization_config" in config:
         raise SteerError(f"{folder} holds quantized weights; give the checkpoint it was made from, or a GGUF")
-    tensors = {tensor.name: tensor for shard in _shards(folder) for tensor in _tensors(shard)}
+    shards = _shards(folder)
+    tensors = {tensor.name: tensor for shard in sorted(set(shards.values())) for tensor in _tensors(shard)}
+    if missing := [name for name in shards if name and name not in tensors]:
+        raise FormatError(f"expected {shown(missing[0])} in {shards[missing[0]]}, found none; fetch it again")
     arch = architecture(MODEL_TYPES[model_type])
     names = {tensor: name for tensor in tensors if (name := gguf_name(arch, tensor)) is not None}
     arch = architecture(MODEL_TYPES[model_type], set(names.values()))
-    try:
-        base = BaseModel(arch.name, folder.resolve().name, int(text["num_hidden_layers"]), int(text["hidden_size"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{folder}/config.json: expected num_hidden_layers and hidden_size, got {error}") from None
+    layers, width = (_size(folder, text, key) for key in ("num_hidden_layers", "hidden_size"))
+    base = BaseModel(arch.name, folder.resolve().name, layers, width)
     return Checkpoint(folder, config, arch, base, tensors, names)
+
+
+def _text_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration, which is all of it where the model is nothing else."""
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise FormatError(f"{folder}/config.json: expected an object as text_config, got {shown(text)}")
+    return text
+
+
+def _size(folder: Path, text: dict[str, Any], key: str) -> int:
+    size = text.get(key)
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 32:
+        raise FormatError(f"{folder}/config.json: expected a positive whole number as {key}, got {shown(size)}")
+    return size
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path}: expected JSON, got {error}") from None
+    except OSError as error:
+        raise SteerError(f"cannot read {path}: {error.strerror or error}; check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: expected JSON, got {error}; fetch it again") from None
     if not isinstance(found, dict):
         raise FormatError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shards(folder: Path) -> dict[str, Path]:
+    """The file of every tensor that the index names; of all, under no name, where there is no index."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = sorted(set(_json(index).get("weight_map", {}).values()))
-        shards = [folder / name for name in named if Path(name).name == name]
+        named = _json(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+            raise FormatError(f"{index}: expected a weight_map of tensor names to files; fetch it again")
+        for name in named.values():
+            if Path(name).name != name or not name.isprintable() or len(name) > _LONGEST_NAME:
+                raise FormatError(f"{index}: expected file names without folders, got {shown(name)}")
+        shards = {tensor: folder / name for tensor, name in named.items()}
     else:
-        shards = [folder / "model.safetensors"]
-    for shard in shards:
+        shards = {"": folder / "model.safetensors"}
+    for shard in set(shards.values()):
         if not shard.is_file():
             raise SteerError(f"expected weights in {shard}, found no such file; save the model as safetensors")
     return shards
@@ -134,6 +164,8 @@ def _tensors(shard: Path) -> list[HfTensor]:
         length = _LENGTH.unpack(raw)[0] if len(raw) == _LENGTH.size else size
         if length > size - _LENGTH.size:
             raise FormatError(f"{shard}: expected a header within the file's {size} bytes; the file is cut short")
+        if length > _LARGEST_HEADER:
+            raise FormatError(f"{shard}: expected a header of at most {_LARGEST_HEADER} bytes, got {length}")
         header = file.read(length)
     begin = _LENGTH.size + length
     found = []
@@ -144,13 +176,16 @@ def _tensors(shard: Path) -> list[HfTensor]:
             shape, (first, last) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
             tensor = HfTensor(name, shard, str(entry["dtype"]), shape, begin + first)
             itemsize = np.dtype(_TYPES.get(tensor.type, "u1")).itemsize
-            if not 0 <= first <= last <= size - begin or min(shape, default=0) < 0:
-                raise FormatError(f"{shard}: expected {name} within the file's {size} bytes; fetch it again")
+            if len(shape) > _MOST_AXES or min(shape, default=0) < 0:
+                raise FormatError(f"{shard}: expected {shown(name)} of at most {_MOST_AXES} axes, got {shown(shape)}")
+            if not 0 <= first <= last <= size - begin:
+                raise FormatError(f"{shard}: expected {shown(name)} within the file's {size} bytes; fetch it again")
             if tensor.type in _TYPES and math.prod(shape) * itemsize != last - first:
-                raise FormatError(f"{shard}: expected {name} {shape} in {last - first} bytes; fetch it again")
+                held = f"{last - first} bytes"
+                raise FormatError(f"{shard}: expected {shown(name)} {shown(shape)} in {held}; fetch it again")
             found.append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{shard}: expected a safetensors header, got {error!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise FormatError(f"{shard}: expected a safetensors header, got {shown(error)}; fetch it again") from None
     return found
 
 

@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
-from edge_steer.errors import FormatError, NoEffectError, SteerError
+from edge_steer.errors import FormatError, NoEffectError, SteerError, shown
 from edge_steer.gguf_metadata import TensorInfo, read_gguf
 from edge_steer.importing.target import Target
 from edge_steer.sites import ARCHITECTURES, MODEL_TYPES, Site
@@ -36,7 +36,7 @@ def import_control_vector(source: Path, target: Target, name: str) -> Steering:
         for key in ("general.architecture", "controlvector.model_hint")
     )
     if kind != "controlvector":
-        raise SteerError(f"{source}: expected a control vector, got a GGUF of architecture {kind!r}")
+        raise SteerError(f"{source}: expected a control vector, got a GGUF of architecture {shown(kind)}")
     # repeng writes Hugging Face's model_type, and what others write here nobody reads: only a known name is held to.
     meant = MODEL_TYPES.get(hint, hint)
     if meant in ARCHITECTURES:
@@ -64,7 +64,7 @@ def import_control_vector(source: Path, target: Target, name: str) -> Steering:
         site_plane=np.arange(len(norms), dtype=np.uint32),
         basis=units[:, None].astype(np.float32),
         base=target.base,
-        mean_norm=norms.astype(np.float32),
+        mean_norm=norms,
         angle=1.0,
         made=Made(recorder="control vector", model=meant if meant in ARCHITECTURES else "", version=__version__),
     )
@@ -73,7 +73,7 @@ def import_control_vector(source: Path, target: Target, name: str) -> Steering:
 def _site(source: Path, tensor: TensorInfo) -> Site:
     match = re.fullmatch(r"direction\.([1-9]\d{0,5})", tensor.name)
     if match is None:
-        raise FormatError(f"{source}: expected tensors direction.1, direction.2 …, got {tensor.name!r}")
+        raise FormatError(f"{source}: expected tensors direction.1, direction.2 …, got {shown(tensor.name)}")
     return Site(int(match[1]), "layer_out")
 
 

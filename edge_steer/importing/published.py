@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_steer._version import __version__
 from edge_steer.errors import FormatError, MismatchError, SteerError
+from edge_steer.importing.archive import check_archive
 from edge_steer.importing.target import Target
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site, site_of_module
@@ -87,6 +88,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise SteerError(f"expected a published calibration at {path}, got no such file; give its folder or plane.pt")
     if path.stat().st_size > _LARGEST:
         raise FormatError(f"{path}: expected at most {_LARGEST} bytes, got {path.stat().st_size}")
+    check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -195,4 +197,7 @@ def _text(value: Any) -> str:
 def _threshold(path: Path, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise FormatError(f"{path}: expected a number as threshold in config.json, got {_kind(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise FormatError(f"{path}: expected a number as threshold in config.json, got one too large") from None
