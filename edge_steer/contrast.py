@@ -190,7 +190,7 @@ def _made(kind: Callable[..., Any], path: Path, number: int, record: Mapping[str
     except FormatError as error:
         raise FormatError(f"{path}:{number}: {error}") from None
     except TypeError:
-        got = ", ".join(map(_shown, record))
+        got = ", ".join(map(shown, record))
         raise FormatError(f"{path}:{number}: expected the keys prompt, positive, negative, got {got}") from None
 
 
