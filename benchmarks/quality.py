@@ -12,6 +12,7 @@ docs/results.md, and pictures beside it) is written anew after every preset from
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ BEGIN, END = "<!-- benchmarks/quality.py -->", "<!-- end of benchmarks/quality.p
 EFFORT = Effort(step=5.0, rounds=2, bends=0)
 AMOUNTS = Amounts(probes=12, passages=5, questions=80, answers=8, answer_tokens=32)
 BUDGET = Budget()
+# Of the three limits the steadiest: one answer that runs in circles, or two questions, can end a range by chance.
+KL_ALONE = Budget(retention=0.0, repetition_slack=math.inf)
 OURS, PUBLISHED, RIVAL = "local", "global", "addition"
 
 Row = dict[str, Any]  # of one preset on one model: what the page is made from
@@ -120,14 +123,20 @@ def measured(
         bench = Bench(llm, texts)
         sweep = Sweep(bench, journal, BUDGET, tell=lambda name, at: told(f"  {name} {at.dial} {at.effect} {at.kl}"))
         curves = [sweep.curve(each, effort) for each in steerings]
+        by_kl = Sweep(bench, journal, KL_ALONE)
+        far = {each.name: by_kl.curve(each, effort) for each in steerings}
         by_half = Sweep(bench, journal, BUDGET, half=0)
         kept = {each.name: promise(by_half, each, effort) for each in steerings if each.name == OURS}
     effect_against_damage(curves, BUDGET, folder / "effect-damage.png", f"{preset} on {path.name}")
-    return {"amounts": asdict(QUICK if quick else AMOUNTS), "methods": list(map(record, curves)), "promise": kept}
+    return {
+        "amounts": asdict(QUICK if quick else AMOUNTS),
+        "methods": [record(each, far[each.steering.name]) for each in curves],
+        "promise": kept,
+    }
 
 
-def record(curve: Curve) -> Row:
-    """What the page tells of one curve."""
+def record(curve: Curve, far: Curve) -> Row:
+    """What the page tells of one curve; `far` is the same one where only the divergence is limited."""
     return {
         "method": curve.steering.name,
         "operator": curve.steering.operator,
@@ -135,6 +144,9 @@ def record(curve: Curve) -> Row:
         "negative": curve.negative.record(),
         "positive": curve.positive.record(),
         "both": curve.both,
+        "far_negative": far.negative.record(),
+        "far_positive": far.positive.record(),
+        "far_both": far.both,
         "range": None if curve.within is None else asdict(curve.within),
     }
 
@@ -199,30 +211,43 @@ def about(row: Row) -> list[str]:
 
 def headline(rows: Sequence[Row]) -> list[str]:
     """The sums over presets and models of both directions' effects, and what the default's is in shares of others'."""
+    whole, far = summed(rows, "both"), summed(rows, "far_both")
+    ratios = [
+        f"{whole[OURS] / whole[name]:.2f} × {what} ({far[OURS] / far[name]:.2f} × where only the divergence is limited)"
+        for name, what in ((PUBLISHED, "the published method's"), (RIVAL, "addition's along the same directions"))
+        if OURS in whole and whole.get(name, 0.0) > 0 and far[name] > 0
+    ]
+    lines = [f"**The default's effect is {' and '.join(ratios)}.**", ""] if ratios else []
+    lines += [
+        "| method | effect of both directions, summed | default : this | KL limited alone | default : this |",
+        "|---|---|---|---|---|",
+    ]
+    for name in sorted(whole, key=lambda each: -whole[each]):
+        cells = [f"{sums[name]:.2f} | {share(sums, name)}" for sums in (whole, far)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    where = ", ".join(f"{row['preset']} on {row['model']}" for row in rows)
+    return [*lines, "", f"Sums over {len(rows)}: {where}. A method that a preset does not allow adds 0."]
+
+
+def summed(rows: Sequence[Row], what: str) -> dict[str, float]:
     sums: dict[str, float] = {}
     for row in rows:
         for name in row["left_out"]:
             sums.setdefault(name, 0.0)
         for each in row["methods"]:
-            sums[each["method"]] = sums.get(each["method"], 0.0) + each["both"]
-    ratios = [
-        f"{sums[OURS] / sums[name]:.2f} × {what}"
-        for name, what in ((PUBLISHED, "the published method's"), (RIVAL, "addition's along the same directions"))
-        if OURS in sums and sums.get(name, 0.0) > 0
-    ]
-    lines = [f"**The default's effect is {' and '.join(ratios)}.**", ""] if ratios else []
-    lines += ["| method | effect of both directions, summed | default : this |", "|---|---|---|"]
-    for name, total in sorted(sums.items(), key=lambda item: -item[1]):
-        ratio = f"{sums[OURS] / total:.2f}" if OURS in sums and total > 0 else "–"
-        lines.append(f"| {name} | {total:.2f} | {ratio} |")
-    where = ", ".join(f"{row['preset']} on {row['model']}" for row in rows)
-    return [*lines, "", f"Sums over {len(rows)}: {where}. A method that a preset does not allow adds 0."]
+            sums[each["method"]] = sums.get(each["method"], 0.0) + each[what]
+    return sums
+
+
+def share(sums: dict[str, float], name: str) -> str:
+    return f"{sums[OURS] / sums[name]:.2f}" if OURS in sums and sums[name] > 0 else "–"
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| preset | method | sites | largest − | at | largest + | at | both | range | stopped by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| preset | method | sites | largest − | at | largest + | at | both | range | stopped by "
+        "| KL alone: − / + | both |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         for each in sorted(row["methods"], key=lambda method: -method["both"]):
@@ -230,10 +255,14 @@ def table(rows: Sequence[Row]) -> list[str]:
             sign = "" if each["operator"] in ("addition", "ablation") else "°"
             shown = "none" if within is None else f"{within['low']:+g}{sign} … {within['high']:+g}{sign}"
             stops = "" if within is None else f"{within['stopped_low']} / {within['stopped_high']}"
+            far = " / ".join(
+                f"{each[end]['effect'] or 0.0:+.2f} at {at(each[end], sign)}"
+                for end in ("far_negative", "far_positive")
+            )
             effects = [f"{end['effect'] or 0.0:+.2f} | {at(end, sign)}" for end in (low, high)]
             lines.append(
                 f"| {row['preset']} | {each['method']} | {each['sites']} | {' | '.join(effects)} "
-                f"| {each['both']:.2f} | {shown} | {stops} |"
+                f"| {each['both']:.2f} | {shown} | {stops} | {far} | {each['far_both']:.2f} |"
             )
     return lines
 

@@ -115,6 +115,23 @@ def test_the_ends_are_found_where_another_limit_breaks() -> None:
     assert model.range().stopped_high == "repetition"
 
 
+def test_where_only_the_divergence_is_limited_nothing_else_is_measured() -> None:
+    budget = Budget(retention=0.0, repetition_slack=math.inf)
+    model = Model(lambda dial: at(dial, kl=(dial / 11) ** 2 * 0.25, repetition=1.0, retention=0.1), budget)
+    search(model.gauge, "selective", Effort())
+    assert 10 < model.range().high <= 11
+    assert not any(found.whole for found in model.measured.values())
+    points = list(model.measured.values())
+    positive, _ = best(points, OFF, budget, model.range())
+    assert positive.dial == model.range().high
+
+
+def test_a_side_is_followed_until_something_keeps_the_budget() -> None:
+    model = Model(lambda dial: at(dial, kl=abs(dial) / 40))
+    search(model.gauge, "selective", Effort(step=64.0, rounds=1))
+    assert 0 < model.range().high <= 10
+
+
 def test_questions_are_asked_no_further_than_the_first_broken_position() -> None:
     model = Model(lambda dial: at(dial, kl=dial * dial / 400))
     search(model.gauge, "selective", Effort())

@@ -140,10 +140,10 @@ def test_several_steerings_share_what_is_off(model: Path, tmp_path: Path) -> Non
     assert sum(line["curve"] is None and line["part"] == "questions" for line in lines) == 1
 
 
-def test_an_answer_off_reads_as_off(model: Path, tmp_path: Path) -> None:
+def test_off_is_where_every_change_is_counted_from(model: Path, tmp_path: Path) -> None:
     steering = steering_for(model)
     off = begun(model, tmp_path, steering).at(steering, None, whole=True)
-    assert (off.gap, off.kl, off.shift, off.self_read, off.retention) == (0, 0, 0, 0, 1)
+    assert (off.gap, off.kl, off.shift, off.self_read, off.retention) == (0, 0, 0, None, 1)
     turned = begun(model, tmp_path, steering).at(steering, 40.0, whole=True)
     assert turned.kl_p99 is not None
     assert turned.kl is not None

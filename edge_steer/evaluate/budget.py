@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,11 @@ class Budget:
     repetition_factor: float = 1.5
     repetition_slack: float = 0.05
     retention: float = 0.97
+
+    @property
+    def kl_alone(self) -> bool:
+        """Whether nothing but the divergence is limited."""
+        return self.retention <= 0 and math.isinf(self.repetition_slack)
 
     def broken(self, at: Figures, off: Figures) -> list[str]:
         """The limits that the figures break; what was not measured breaks none."""
@@ -42,8 +48,9 @@ class Budget:
         return kept < self.retention
 
     def allows(self, at: Figures, off: Figures) -> bool:
-        """Whether all was measured and no limit is broken."""
-        return at.whole and not self.broken(at, off)
+        """Whether all that is limited was measured, and no limit is broken."""
+        measured = at.kl is not None if self.kl_alone else at.whole
+        return measured and not self.broken(at, off)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def safe_range(points: Iterable[Figures], off: Figures, budget: Budget, centre: 
             if broken := budget.broken(by_dial[dial], off):
                 stop = ", ".join(broken)
                 break
-            if by_dial[dial].whole:
+            if budget.kl_alone or by_dial[dial].whole:
                 end = dial
         ends.append(end)
         stops.append(stop)

@@ -50,6 +50,8 @@ class Gauge:
         """Whether the budget allows a position; the costly parts are measured only where the cheap ones do."""
         if self.budget.broken(self.light(dial), self.off):
             return False
+        if self.budget.kl_alone:
+            return True
         return self.budget.allows(self.whole(dial), self.off)
 
 
@@ -97,7 +99,8 @@ def _side(gauge: Gauge, effort: Effort, centre: float, sign: int, step: float, m
         good = offset
     if bad is None:
         return
-    gauge.whole(_at(centre, sign, bad))  # for the plot: what broke, and how much
+    if not gauge.budget.kl_alone:
+        gauge.whole(_at(centre, sign, bad))  # for the plot: what broke, and how much
     for number in range(MOST_ROUNDS):
         # Without a position within the budget the side would have no effect at all: look on for one.
         if good and number >= effort.rounds:

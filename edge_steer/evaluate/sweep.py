@@ -147,9 +147,10 @@ class Sweep:
         wanted = ["probes"] if material.probes else []
         wanted += ["held_out"] if material.positive and material.negative else []
         wanted += ["text"]
+        wanted += ["questions", "answers"] if whole else []
         # Without probes the effect is read in the answers.
-        wanted += ["questions", "answers", "reading"] if whole else [] if material.probes else ["answers", "reading"]
-        missing = [name for name in wanted if not self._has(steering, dial, name)]
+        wanted += [] if material.probes else ["answers", "reading"]
+        missing = [name for name in dict.fromkeys(wanted) if not self._has(steering, dial, name)]
         for name in missing:
             self.journal.put(self._place(steering, dial, name), self._measure(steering, dial, name))
         found = self._figures(steering, dial, self.half if half is None else half)
