@@ -122,6 +122,7 @@ def test_figures_are_means_over_items_and_changes_from_off() -> None:
     assert found.gap == found.effect == pytest.approx(0.6)
     assert found.gap_error == pytest.approx(0.1)  # changes 0.5 and 0.7: deviation √0.02, over √2
     assert found.kl == pytest.approx(0.3)  # over all tokens alike
+    assert found.kl_error == pytest.approx(0.15)  # passage means 0.2 and 0.5: deviation 0.212, over √2
     assert found.perplexity == pytest.approx(math.e)
     assert found.accuracy == found.retention == 0.75
     assert found.retention_error == 0.25  # one of four right answers turned

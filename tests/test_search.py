@@ -36,6 +36,18 @@ def test_what_was_not_measured_breaks_nothing_but_is_not_allowed() -> None:
     assert not BUDGET.allows(partial, OFF)
 
 
+def test_a_budget_that_wants_standard_errors_holds_the_mean_and_them_to_the_limit() -> None:
+    careful = Budget(errors=2.0)
+    assert careful.broken(at(1, kl=0.2, kl_error=0.03), OFF) == ["kl"]
+    assert careful.broken(at(1, kl=0.2, kl_error=0.02), OFF) == []
+    assert careful.broken(at(1, kl=0.2), OFF) == []
+    assert BUDGET.broken(at(1, kl=0.2, kl_error=0.3), OFF) == []
+    model = Model(lambda dial: at(dial, kl=(dial / 11) ** 2 * 0.25, kl_error=(dial / 11) ** 2 * 0.05), careful)
+    search(model.gauge, "selective", Effort())
+    end = 11 * math.sqrt(0.25 / 0.35)
+    assert 0.95 * end < model.range().high <= end
+
+
 def test_within_the_error_of_the_count_the_confidence_decides() -> None:
     def broken(retention: float, confidence: float) -> bool:
         return bool(BUDGET.broken(at(1, retention=retention, retention_error=0.02, confidence_kept=confidence), OFF))
@@ -83,7 +95,7 @@ class Model:
 
     def light(self, dial: float) -> Figures:
         made = self.make(dial)
-        return self.measured.setdefault(dial, Figures(dial, gap=made.gap, kl=made.kl))
+        return self.measured.setdefault(dial, Figures(dial, gap=made.gap, kl=made.kl, kl_error=made.kl_error))
 
     def whole(self, dial: float) -> Figures:
         self.measured[dial] = self.make(dial)

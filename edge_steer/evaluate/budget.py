@@ -16,12 +16,21 @@ class Budget:
 
     With 200 questions one answer is half a percent, and some always turn by chance. So where the retention lies within
     its standard error of the limit, the confidence kept, which moves smoothly, is held to the same limit instead.
+
+    errors: standard errors of the divergence that must fit within its limit beside the mean. A range that is to hold on
+    text other than what was measured wants some.
     """
 
     kl: float = 0.25
     repetition_factor: float = 1.5
     repetition_slack: float = 0.05
     retention: float = 0.97
+    errors: float = 0.0
+
+    def divergence(self, at: Figures) -> float:
+        """What is held to the limit on divergence."""
+        assert at.kl is not None
+        return at.kl + (self.errors * (at.kl_error or 0.0) if self.errors else 0.0)
 
     @property
     def kl_alone(self) -> bool:
@@ -34,7 +43,7 @@ class Budget:
         return [
             name
             for name, broken in (
-                ("kl", at.kl is not None and at.kl > self.kl),
+                ("kl", at.kl is not None and self.divergence(at) > self.kl),
                 ("retention", at.retention is not None and self._lost(at)),
                 ("repetition", at.repetition is not None and at.repetition > most),
             )

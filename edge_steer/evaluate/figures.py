@@ -25,7 +25,8 @@ class Figures:
     gap: change of the probe gap in nats per token, with its standard error over the probes. shift: how far held-out
     prompts moved along b1, 1 being the distance of the two classes. self_read: change of where the unsteered model
     stands along b1 as it reads the answers, in shares of ‖h‖.
-    kl: mean divergence from unsteered on neutral text, nats per token; kl_p99: its 99th percentile over tokens.
+    kl: mean divergence from unsteered on neutral text, nats per token, with its standard error over passages; kl_p99:
+    its 99th percentile over tokens.
     perplexity: of neutral text. accuracy: share of questions answered right; retention: that over the unsteered one,
     with its standard error: √(answers that turned right or wrong), over the right ones unsteered. confidence: mean
     share of the answer among the options; confidence_kept: that over the unsteered one.
@@ -39,6 +40,7 @@ class Figures:
     shift: float | None = None
     self_read: float | None = None
     kl: float | None = None
+    kl_error: float | None = None
     kl_p99: float | None = None
     perplexity: float | None = None
     accuracy: float | None = None
@@ -82,6 +84,8 @@ def figures(dial: float | None, on: Parts, off: Parts, half: Half = None) -> Fig
         found["self_read"] = float(change.mean())
     if "text" in on:
         kl, log_p = (np.concatenate(_items(on["text"][key], half)) for key in ("kl", "log_p"))
+        passages = np.array([np.mean(each) for each in _items(on["text"]["kl"], half)])
+        found["kl_error"] = passages.std(ddof=1) / math.sqrt(len(passages)) if len(passages) > 1 else math.nan
         found |= {
             "kl": float(kl.mean()), "kl_p99": float(np.quantile(kl, 0.99)), "perplexity": math.exp(-log_p.mean()),
         }  # fmt: skip

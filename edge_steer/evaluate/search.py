@@ -46,6 +46,9 @@ class Gauge:
     off: Figures
     budget: Budget
 
+    def divergence(self, dial: float) -> float:
+        return self.budget.divergence(self.light(dial))
+
     def allowed(self, dial: float) -> bool:
         """Whether the budget allows a position; the costly parts are measured only where the cheap ones do."""
         if self.budget.broken(self.light(dial), self.off):
@@ -76,11 +79,11 @@ def search(gauge: Gauge, operator: Operator, effort: Effort) -> float:
 
 def _calmest(gauge: Gauge) -> float:
     """The dial on the circle with the least divergence, to 4 degrees."""
-    found = {float(dial): _kl(gauge.light(float(dial))) for dial in range(0, 360, 30)}
+    found = {float(dial): gauge.divergence(float(dial)) for dial in range(0, 360, 30)}
     for step in (15.0, 7.5, 3.75):
         least = min(found, key=lambda dial: found[dial])
         for dial in (least - step, least + step):
-            found[dial] = _kl(gauge.light(dial))
+            found[dial] = gauge.divergence(dial)
     return min(found, key=lambda dial: found[dial])
 
 
@@ -88,7 +91,7 @@ def _side(gauge: Gauge, effort: Effort, centre: float, sign: int, step: float, m
     """Outward from the centre by doubling, then toward the end of the budget."""
     reached = step
     dials = [reached]
-    while _kl(gauge.light(_at(centre, sign, reached))) <= BEYOND * gauge.budget.kl and reached < most:
+    while gauge.divergence(_at(centre, sign, reached)) <= BEYOND * gauge.budget.kl and reached < most:
         reached = min(2 * reached, most)
         dials.append(reached)
     good, bad = 0.0, None
@@ -118,8 +121,8 @@ def _between(gauge: Gauge, centre: float, sign: int, good: float, bad: float) ->
     """A position between one within the budget and one beyond: where the divergence should meet its limit, on a
     straight line in logarithms, if that is what broke; else the middle."""
     limit = gauge.budget.kl
-    low = _kl(gauge.light(_at(centre, sign, good))) if good else 0.0
-    high = _kl(gauge.light(_at(centre, sign, bad)))
+    low = gauge.divergence(_at(centre, sign, good)) if good else 0.0
+    high = gauge.divergence(_at(centre, sign, bad))
     if good and 0 < low < limit < high:
         share = math.log(limit / low) / math.log(high / low)
         # A little inside: a position just beyond the limit ends no range.
