@@ -56,7 +56,8 @@ def generate(
     if not as_json:
         click.echo()
         return
-    dials = dict(llm.angles)
+    # A file's default is a float32; its further digits are no one's.
+    dials = {name: None if dial is None else round(dial, 4) for name, dial in llm.angles.items()}
     found = {
         "text": answer.text,
         "angle": next(iter(dials.values())) if len(dials) == 1 else dials or None,
