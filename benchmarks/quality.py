@@ -46,7 +46,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- benchmarks/quality.py -->", "<!-- end of benchmarks/quality.py -->"
 # Coarser than a sweep's, for there are dozens of curves; the ends are as well verified.
 EFFORT = Effort(step=5.0, rounds=2, bends=0)
-AMOUNTS = Amounts(probes=12, passages=5, questions=80, answers=8, answer_tokens=32)
+AMOUNTS = Amounts(probes=12, passages=5, questions=120, answers=16, answer_tokens=32)
 BUDGET = Budget()
 # Of the three limits the steadiest: one answer that runs in circles, or two questions, can end a range by chance.
 # What `sweep --write` stores is to hold on other text too.

@@ -9,6 +9,14 @@
 
 #include "steer.h"
 
+/* Wide vectors where the processor has them, chosen when the library is loaded. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(STEER_NO_CLONES)
+#define STEER_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define STEER_WIDE
+#endif
+
 struct steering {
     int32_t op;
     bool on;

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList
+from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -79,3 +79,23 @@ def test_logits_are_left_as_they_were(model: Path, temp: float) -> None:
     chosen = [sampler.sample(llm._ctx) for _ in range(20)]
     assert len(set(chosen)) > 1, "penalties must have acted"
     assert (logits == before).all()
+
+
+def test_tokens_sent_to_an_answer_are_taken_up(model: Path) -> None:
+    llm, other = SteeredLlama(model, **SMALL), SteeredLlama(model, **SMALL)
+    answer = llm.generate(list(PROMPT), temp=0.0)
+    first = next(answer)
+    assert answer.send([70, 80]) == next(other.generate([*PROMPT, first, 70, 80], temp=0.0))
+    assert llm.n_tokens == len(PROMPT) + 3
+
+
+def test_a_stopping_criterion_ends_an_answer_as_in_llama(model: Path) -> None:
+    def long_enough(tokens: Any, _: Any) -> bool:
+        return len(tokens) >= len(PROMPT) + 5
+
+    found = [
+        said(made(str(model), **SMALL), temp=0.0, stopping_criteria=StoppingCriteriaList([long_enough]))
+        for made in (Llama, SteeredLlama)
+    ]
+    assert found[0] == found[1]
+    assert 0 < len(found[0]) < 6

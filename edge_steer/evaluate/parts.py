@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -136,11 +135,10 @@ def _opening_tokens(bench: Bench) -> list[list[int]]:
 
 def _greedy(llm: SteeredLlama, prompt: Sequence[int], most: int) -> list[int]:
     """Greedy, without a penalty on repetition: a penalty would hide what is measured."""
-    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
     written: list[int] = []
     most = min(most, llm.n_ctx() - len(prompt))
     for token in llm.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+        if llm.piece(token) is None:
             break
         written.append(token)
         if len(written) >= most:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-import llama_cpp
-
 from edge_steer.errors import SteerError
 from edge_steer.runtime.llama import Message, SteeredLlama
 
@@ -59,7 +57,6 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
     _check_room(llm, prompt)
     stop = PLAIN_STOP if llm.chat_template.is_plain else None
     most = min(sampling.max_tokens, llm.n_ctx() - len(prompt))
-    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, shown = "", 0
     count, first, last = 0, 0.0, 0.0
@@ -70,12 +67,13 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
     )  # fmt: skip
     with closing(tokens):
         for token in tokens:
-            if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+            piece = llm.piece(token)
+            if piece is None:
                 break
             last = time.perf_counter()
             first = first or last
             count += 1
-            text += decoder.decode(llm.detokenize([token]))
+            text += decoder.decode(piece)
             if not shown:
                 text = text.lstrip()
             if stop and stop in text:

@@ -30,6 +30,7 @@ class Dials(MutableMapping[str, "float | None"]):
     def __init__(self, steerings: Sequence[Steering]) -> None:
         self._steerings = {steering.name: steering for steering in steerings}
         self._values: dict[str, float | None] = dict.fromkeys(self._steerings)
+        self._actions: tuple[Action | None, ...] = (None,) * len(self._steerings)
 
     def __getitem__(self, name: str) -> float | None:
         self._demand(name)
@@ -39,6 +40,7 @@ class Dials(MutableMapping[str, "float | None"]):
         self._demand(name)
         self._steerings[name].action(value)  # refuses what is not a finite number
         self._values[name] = None if value is None else float(value)
+        self._actions = tuple(each.action(self._values[each.name]) for each in self._steerings.values())
 
     def __delitem__(self, name: str) -> None:
         raise SteerError(f"a dial cannot be removed; set angles[{name!r}] = None to turn it off")
@@ -53,8 +55,8 @@ class Dials(MutableMapping[str, "float | None"]):
         return repr(self._values)
 
     def actions(self) -> tuple[Action | None, ...]:
-        """What each steering does now, in order."""
-        return tuple(steering.action(self._values[name]) for name, steering in self._steerings.items())
+        """What each steering does now, in order; the same tuple until a dial is set."""
+        return self._actions
 
     def _demand(self, name: str) -> None:
         if name not in self._steerings:

@@ -55,8 +55,11 @@ class HookEngine:
         self._numbers = [hook.add(each) for each in steerings]
         self._applied: Actions = (None,) * len(steerings)
         self._proven: set[str] = set()
+        self._checked: Actions | None = None  # what was applied when all of it was last proven
 
     def apply(self, actions: Actions) -> None:
+        if actions is self._applied:
+            return
         for number, old, new in zip(self._numbers, self._applied, actions, strict=True):
             if old != new:
                 self._hook.dial(number, new)
@@ -65,10 +68,10 @@ class HookEngine:
     def check(self) -> None:
         """Also raises NoEffectError where a site that should act was not met in the graph."""
         self._hook.check_status()
+        if self._applied is self._checked:
+            return
         on = [each for each, action in zip(self._steerings, self._applied, strict=True) if action is not None]
         unproven = [each for each in on if each.name not in self._proven]
-        if not unproven:
-            return
         met = {site for site, count in zip(self._hook.sites, self._hook.reached, strict=True) if count}
         for each in unproven:
             if missing := [site for site in each.steered if site not in met]:
@@ -79,6 +82,7 @@ class HookEngine:
                     f"this model's graph has: {', '.join(names) or 'no norm tensors'}"
                 )
             self._proven.add(each.name)
+        self._checked = self._applied
 
     def sites_hit(self) -> int:
         return int(np.count_nonzero(self._hook.turned))

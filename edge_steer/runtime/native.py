@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo, cos_sin
 from edge_steer.sites import Architecture, Site
 from edge_steer.steering import Steering
 
-ABI = 2
+ABI = 3
 LLAMA_CPP_PYTHON = "0.3.36"
 _INSTALL = f"pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
 
@@ -89,6 +89,15 @@ class _InitParams(ctypes.Structure):
     """struct ggml_init_params."""
 
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class Charges(ctypes.Structure):
+    """struct choose_charges."""
+
+    _fields_ = (
+        ("repeat", c_float), ("frequency", c_float), ("presence", c_float), ("n", c_int32), ("said", c_void_p),
+        ("kept", c_void_p),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,8 @@ def _check_layout(lib: ctypes.CDLL, type_offset: int, buffer_offset: int) -> Non
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """libsteer, with the signatures of steer.h."""
+def library() -> ctypes.CDLL:
+    """libsteer, with the signatures of steer.h and choose.h."""
     for folder in edge_steer.__path__:
         for found in (Path(folder) / "runtime").glob("libsteer.*"):
             lib = ctypes.CDLL(str(found))
@@ -202,6 +211,9 @@ def _library() -> ctypes.CDLL:
     lib.steer_set_record.argtypes = [c_void_p, POINTER(_Record)]
     lib.steer_take_status.argtypes = [c_void_p, POINTER(c_int32)]
     lib.steer_rows.argtypes = [c_void_p, c_int32, c_void_p, c_int64]
+    lib.choose_charge.argtypes = [POINTER(Charges), c_void_p, c_int32]
+    lib.choose_restore.argtypes = [POINTER(Charges), c_void_p, c_int32]
+    lib.choose_likeliest.argtypes = [POINTER(Charges), c_void_p, c_int32, POINTER(c_int32)]
     lib.steer_names.argtypes, lib.steer_names.restype = [c_void_p, c_char_p, c_size_t], c_size_t
     return lib
 
@@ -229,7 +241,7 @@ class Hook:
 
     def __init__(self, architecture: Architecture, sites: Sequence[Site], width: int) -> None:
         self._pointer = c_void_p()
-        self._lib = _library()
+        self._lib = library()
         _, ggml = _ggml()
         self.sites = tuple(sites)
         self.width = width
@@ -330,5 +342,5 @@ class Hook:
 
 def check_library() -> None:
     """Raise SteerError where the native library or llama.cpp's tensors are not as this release knows them."""
-    _library()
+    library()
     _ggml()

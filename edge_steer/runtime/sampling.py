@@ -2,19 +2,19 @@
 
 llama.cpp's penalties look every token of the vocabulary up in a table, to change the few that were said last; and its
 greedy sampler first copies the vocabulary. Here the penalties change those few logits where they lie, and the greedy
-choice is one argmax. The tokens chosen are llama.cpp's.
+choice is one look over the row (native/choose.h). The tokens chosen are llama.cpp's.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import ctypes
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Logits = NDArray[np.float32]
+from edge_steer.errors import SteerError
+from edge_steer.runtime.native import Charges, library
 
 
 class Chain(Protocol):
@@ -41,44 +41,41 @@ class Sampler:
     """Penalties, then `chain`; without a chain, the most likely token. Logits are left as they were found."""
 
     def __init__(self, vocabulary: int, penalties: Penalties, chain: Chain | None) -> None:
-        self._shape = (vocabulary,)
-        self._penalties = penalties
+        self._vocabulary = vocabulary
         self._chain = chain
-        self._said: deque[int] = deque()
-        self._counts: Counter[int] = Counter()
+        self._library = library()
+        self._room = penalties.last if penalties.act else 0
+        self._said = np.zeros(self._room, np.int32)  # the latest, round and round
+        self._kept = np.zeros(self._room, np.float32)
+        self._count = 0
+        self._charges = Charges(
+            penalties.repeat, penalties.frequency, penalties.presence, 0, self._said.ctypes.data, self._kept.ctypes.data
+        )
+        self._charged = ctypes.byref(self._charges)
+        self._token = ctypes.c_int32()
+        self._to_token = ctypes.byref(self._token)
 
     def sample(self, ctx: Any, idx: int = -1) -> int:
         """The next token, by the logits of output `idx` of the context; it counts as said."""
-        logits: Logits = np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape=self._shape)
-        if not self._penalties.act:
-            return self._choose(ctx, idx, logits)
-        tokens = np.fromiter(self._counts, np.intp, len(self._counts))
-        found = logits[tokens]
-        logits[tokens] = self._charge(found)
-        try:
-            token = self._choose(ctx, idx, logits)
-        finally:
-            logits[tokens] = found
-        self._say(token)
+        logits = ctx.get_logits_ith(idx)
+        if self._chain is None:
+            _check(self._library.choose_likeliest(self._charged, logits, self._vocabulary, self._to_token))
+            token = self._token.value
+        elif self._room:
+            _check(self._library.choose_charge(self._charged, logits, self._vocabulary))
+            try:
+                token = self._chain.sample(ctx, idx)
+            finally:
+                self._library.choose_restore(self._charged, logits, self._vocabulary)
+        else:
+            token = self._chain.sample(ctx, idx)
+        if self._room:
+            self._said[self._count % self._room] = token
+            self._count += 1
+            self._charges.n = min(self._count, self._room)
         return token
 
-    def _choose(self, ctx: Any, idx: int, logits: Logits) -> int:
-        return int(logits.argmax()) if self._chain is None else self._chain.sample(ctx, idx)
 
-    def _charge(self, logits: Logits) -> Logits:
-        how = self._penalties
-        counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
-        repeat = np.float32(how.repeat)
-        with np.errstate(all="ignore"):  # a repeat of 0 makes infinities, as in llama.cpp
-            repeated = np.where(logits <= 0, logits * repeat, logits / repeat)
-            charged: Logits = repeated - (counts * np.float32(how.frequency) + np.float32(how.presence))
-        return charged
-
-    def _say(self, token: int) -> None:
-        self._said.append(token)
-        self._counts[token] += 1
-        if len(self._said) > self._penalties.last:
-            old = self._said.popleft()
-            self._counts[old] -= 1
-            if not self._counts[old]:
-                del self._counts[old]
+def _check(status: int) -> None:
+    if status:
+        raise SteerError(f"the next token could not be chosen (status {status} of choose.h)")

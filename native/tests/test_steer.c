@@ -1,7 +1,8 @@
-/* The hook on a fake ggml: every operator on every path, every status, and the table of nodes.
+/* The hook on a fake ggml: every operator on every path, every status, and the table of nodes; and choosing a token.
  *
- *     cc -std=gnu11 -g -fsanitize=address,undefined -I native native/steer*.c native/tests/[ft]*.c -lm -o test_steer
+ *     just native-test
  */
+#include "../choose.h"
 #include "fake_ggml.h"
 
 #include <math.h>
@@ -337,6 +338,43 @@ static void the_recorder_sums_the_last_row_before_it_is_turned(void) {
     CHECK(fake_alive == 0);
 }
 
+static void the_likeliest_token_once_charges_are_made(void) {
+    enum { VOCABULARY = 3000 };
+    static float logits[VOCABULARY], before[VOCABULARY];
+    const int32_t said[] = {7, 2900, 7, 11};
+    float kept[4];
+    const struct choose_charges charges = {2, 0.5f, 0.25f, 4, said, kept}, none = {1, 0, 0, 0, NULL, NULL};
+    for (int i = 0; i < VOCABULARY; i++) logits[i] = -1 - (float)(i % 5);
+    logits[7] = 9, logits[2900] = 8, logits[11] = -1, logits[2500] = 3.4f, logits[2600] = 3.4f;
+    memcpy(before, logits, sizeof logits);
+    int32_t token = -1;
+    CHECK(choose_likeliest(&none, logits, VOCABULARY, &token) == STEER_OK && token == 7);
+    /* 9 / 2 - 2 * 0.5 - 0.25, 8 / 2 - 0.75, -1 * 2 - 0.75: the first of the two of 3.4 is left. */
+    CHECK(choose_likeliest(&charges, logits, VOCABULARY, &token) == STEER_OK && token == 2500);
+    CHECK(memcmp(before, logits, sizeof logits) == 0);
+    CHECK(choose_charge(&charges, logits, VOCABULARY) == STEER_OK);
+    CHECK(logits[7] == 3.25f && logits[2900] == 3.25f && logits[11] == -2.75f && logits[12] == before[12]);
+    CHECK(choose_restore(&charges, logits, VOCABULARY) == STEER_OK && memcmp(before, logits, sizeof logits) == 0);
+
+    for (int i = 0; i < VOCABULARY; i++) logits[i] = NAN;
+    CHECK(choose_likeliest(&none, logits, VOCABULARY, &token) == STEER_OK && token == 0);
+    logits[1234] = -5;
+    CHECK(choose_likeliest(&none, logits, VOCABULARY, &token) == STEER_OK && token == 1234);
+
+    const int32_t outside[] = {VOCABULARY}, below[] = {-1};
+    const struct choose_charges wrong[] = {{1, 0, 0, 1, outside, kept}, {1, 0, 0, 1, below, kept}, {1, 0, 0, -1, said, kept},
+                                           {1, 0, 0, 1, NULL, kept},    {1, 0, 0, 1, said, NULL}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        CHECK(choose_likeliest(&wrong[i], logits, VOCABULARY, &token) == STEER_BAD_ARGUMENT);
+        CHECK(choose_charge(&wrong[i], logits, VOCABULARY) == STEER_BAD_ARGUMENT);
+        CHECK(choose_restore(&wrong[i], logits, VOCABULARY) == STEER_BAD_ARGUMENT);
+    }
+    CHECK(choose_likeliest(&none, NULL, VOCABULARY, &token) == STEER_BAD_ARGUMENT);
+    CHECK(choose_likeliest(&none, logits, 0, &token) == STEER_BAD_ARGUMENT);
+    CHECK(choose_likeliest(&none, logits, VOCABULARY, NULL) == STEER_BAD_ARGUMENT);
+    CHECK(choose_likeliest(NULL, logits, VOCABULARY, &token) == STEER_BAD_ARGUMENT);
+}
+
 int main(void) {
     CHECK(steer_abi() == STEER_ABI);
     every_operator_on_every_path_is_the_formula();
@@ -345,6 +383,7 @@ int main(void) {
     bad_arguments_are_refused_and_leave_the_hook_as_it_was();
     nodes_are_known_by_address_and_name();
     the_recorder_sums_the_last_row_before_it_is_turned();
+    the_likeliest_token_once_charges_are_made();
     if (failures == 0) puts("steer: all as it should be");
     return failures != 0;
 }
