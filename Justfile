@@ -51,6 +51,9 @@ native-sanitized name flags:
     @cc -std=gnu11 -g -O1 -fopenmp-simd -Wall -Wextra -Werror -fno-omit-frame-pointer -DSTEER_NO_CLONES {{flags}} \
       native/*.c native/tests/sanitize_steer.c -lm -lpthread -o build/sanitize/{{name}}
     @echo -n "{{name}}: " && build/sanitize/{{name}}
+    @cc -std=gnu11 -g -O1 -fopenmp-simd -Wall -Wextra -Werror -fno-omit-frame-pointer -DSTEER_NO_CLONES {{flags}} \
+      native/*.c native/tests/fake_ggml.c native/tests/threads_steer.c -lm -lpthread -o build/sanitize/{{name}}-threads
+    @echo -n "{{name}}: " && build/sanitize/{{name}}-threads
 
 # No access out of bounds, after freeing, or leaked
 native-asan: (native-sanitized "asan" "-fsanitize=address")
@@ -99,9 +102,9 @@ soak *args:
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}
 
-# What steering costs, told on docs/speed.md (some 13 minutes, on a machine that does nothing else)
+# What steering costs, told on docs/results.md (some 13 minutes, on a machine that does nothing else)
 bench-speed *args:
-    {{python}} benchmarks/speed.py --output docs/speed.md {{args}}
+    {{python}} benchmarks/speed.py --results docs/results.md {{args}}
 
 # What every method does within the damage budget: the quality part of docs/results.md (hours; resumes)
 bench-quality *args:

@@ -17,11 +17,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from page import RESULTS, write_part
 
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
@@ -42,8 +43,6 @@ from edge_steer.registry import resolve
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 
-DOCS = Path(__file__).parent.parent / "docs"
-BEGIN, END = "<!-- benchmarks/quality.py -->", "<!-- end of benchmarks/quality.py -->"
 # Coarser than a sweep's, for there are dozens of curves; the ends are as well verified.
 EFFORT = Effort(step=5.0, rounds=2, bends=0)
 AMOUNTS = Amounts(probes=12, passages=5, questions=120, answers=16, answer_tokens=32)
@@ -67,7 +66,7 @@ Row = dict[str, Any]  # of one preset on one model: what the page is made from
     "--promise", is_flag=True, help="Also check whether a range from one half of the items keeps on the other."
 )
 @click.option("--work", default="build/quality", show_default=True, help="Where measurements are kept.")
-@click.option("--results", default=str(DOCS / "results.md"), show_default=True, help="The page; pictures go beside it.")
+@click.option("--results", default=str(RESULTS), show_default=True, help="The page; pictures go beside it.")
 @click.option("--threads", default=2, show_default=True)
 def main(
     models: str,
@@ -202,7 +201,7 @@ def write_page(top: Path, results: Path) -> None:
     """The part of the results page that stands between the two marks, and its pictures."""
     rows = [json.loads(path.read_text()) for path in sorted(top.glob("*/*/row.json"))]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    parts = [BEGIN, "## Effect within the budget", "", *about(rows[0]), "", *headline(rows), ""]
+    parts = ["## Effect within the budget", "", *about(rows[0]), "", *headline(rows), ""]
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         picture = results.parent / f"quality-{model}.png"
@@ -211,11 +210,8 @@ def write_page(top: Path, results: Path) -> None:
         curves.write_bytes((top / model / mine[0]["preset"] / "effect-damage.png").read_bytes())
         parts += [f"### {model}", "", f"![Effect of every method within the budget]({picture.name})", ""]
         parts += [f"![Effect against damage, {mine[0]['preset']}]({curves.name})", "", *table(mine), ""]
-    parts += ["## Do safe ranges keep their promise", "", *promises(rows), "", END]
-    page = results.read_text(encoding="utf-8") if results.exists() else "# Results\n"
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    results.write_text(before.rstrip() + "\n\n" + "\n".join(parts) + "\n" + after, encoding="utf-8")
+    parts += ["## Do safe ranges keep their promise", "", *promises(rows)]
+    write_part(results, "quality.py", "\n".join(parts))
 
 
 def about(row: Row) -> list[str]:
@@ -234,38 +230,56 @@ def about(row: Row) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Total:
+    """One method over the rows in which it was tried: its effect of both directions, and the default's in those rows.
+
+    A method that a preset does not allow adds 0.
+    """
+
+    rows: int
+    effect: float
+    ours: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], method: str, what: str) -> Total:
+        tried = [row for row in rows if method in row["left_out"] or effect_in(row, method, what) is not None]
+        effects = [effect_in(row, method, what) or 0.0 for row in tried]
+        return cls(len(tried), sum(effects), sum(effect_in(row, OURS, what) or 0.0 for row in tried))
+
+    @property
+    def ratio(self) -> str:
+        return f"{self.ours / self.effect:.2f}" if self.effect > 0 else "–"
+
+
+def effect_in(row: Row, method: str, what: str) -> float | None:
+    return next((each[what] for each in row["methods"] if each["method"] == method), None)
+
+
 def headline(rows: Sequence[Row]) -> list[str]:
     """The sums over presets and models of both directions' effects, and what the default's is in shares of others'."""
-    whole, far = summed(rows, "both"), summed(rows, "far_both")
+    names = dict.fromkeys(
+        name for row in rows for name in (*(each["method"] for each in row["methods"]), *row["left_out"])
+    )
+    whole, far = ({name: Total.of(rows, name, what) for name in names} for what in ("both", "far_both"))
     ratios = [
-        f"{whole[OURS] / whole[name]:.2f} × {what} ({far[OURS] / far[name]:.2f} × where only the divergence is limited)"
+        f"{whole[name].ratio} × {what} ({far[name].ratio} × where only the divergence is limited)"
         for name, what in ((PUBLISHED, "the published method's"), (RIVAL, "addition's along the same directions"))
-        if OURS in whole and whole.get(name, 0.0) > 0 and far[name] > 0
+        if name in whole
     ]
     lines = [f"**The default's effect is {' and '.join(ratios)}.**", ""] if ratios else []
     lines += [
-        "| method | effect of both directions, summed | default : this | KL limited alone | default : this |",
-        "|---|---|---|---|---|",
+        "| method | rows | effect of both directions, summed | default : this | KL limited alone | default : this |",
+        "|---|---|---|---|---|---|",
     ]
-    for name in sorted(whole, key=lambda each: -whole[each]):
-        cells = [f"{sums[name]:.2f} | {share(sums, name)}" for sums in (whole, far)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in sorted(names, key=lambda each: -whole[each].effect):
+        cells = [f"{total[name].effect:.2f} | {total[name].ratio}" for total in (whole, far)]
+        lines.append(f"| {name} | {whole[name].rows} | {' | '.join(cells)} |")
     where = ", ".join(f"{row['preset']} on {row['model']}" for row in rows)
-    return [*lines, "", f"Sums over {len(rows)}: {where}. A method that a preset does not allow adds 0."]
-
-
-def summed(rows: Sequence[Row], what: str) -> dict[str, float]:
-    sums: dict[str, float] = {}
-    for row in rows:
-        for name in row["left_out"]:
-            sums.setdefault(name, 0.0)
-        for each in row["methods"]:
-            sums[each["method"]] = sums.get(each["method"], 0.0) + each[what]
-    return sums
-
-
-def share(sums: dict[str, float], name: str) -> str:
-    return f"{sums[OURS] / sums[name]:.2f}" if OURS in sums and sums[name] > 0 else "–"
+    return [
+        *lines, "",
+        f"Rows: {where}. A method that a preset does not allow adds 0; each is compared over the rows that it has.",
+    ]  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> list[str]:

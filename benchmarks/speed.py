@@ -1,7 +1,7 @@
 """What steering costs: prompts, generation, whole answers and calibration against the same without steering.
 
-python benchmarks/speed.py -o docs/speed.md      # SmolLM2-135M and two shapes with random weights, some 13 minutes
-python benchmarks/speed.py --quick               # SmolLM2-135M alone, without torch, in 2
+python benchmarks/speed.py --results docs/results.md   # SmolLM2-135M, two shapes with random weights; some 13 minutes
+python benchmarks/speed.py --quick                     # SmolLM2-135M alone, without torch, in 2
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from types import ModuleType
 
 import click
 import llama_cpp
+from page import write_part
 from timing import answers, calibration, decoding, shapes
+from timing.picture import draw
 from timing.rounds import Row, Times, rounds_of, shares, table
 
 import edge_steer
@@ -31,6 +33,7 @@ MODELS = {
     "1b": "Llama-3.2-1B's shape, random weights, Q4_0",
     "3b": "Llama-3.2-3B's shape, random weights, Q4_0",
 }
+PICTURE = "speed.png"
 HOW = """\
 Medians over interleaved, shuffled rounds. A share is a row's speed over that of its baseline in the same round, with
 its bootstrap 95% interval; a limit is met where the interval reaches it. What can be toggled is toggled inside one
@@ -45,27 +48,36 @@ contexts are apart."""
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of every row, instead of as many as fit in --minutes.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--quick", is_flag=True, help="SmolLM2-135M alone, few rounds, without torch.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page there, too.")
-def main(models: str, minutes: float, rounds: int | None, threads: int, quick: bool, output: Path | None) -> None:
-    """Print a page of Markdown tables."""
+@click.option(
+    "--results", type=click.Path(path_type=Path), help="The page to write them into; a picture goes beside it."
+)
+def main(models: str, minutes: float, rounds: int | None, threads: int, quick: bool, results: Path | None) -> None:
+    """Print the tables, in Markdown."""
     chosen = [SMALL] if quick else models.split(",")
     if unknown := set(chosen) - set(MODELS):
         raise click.UsageError(f"expected models among {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
-    page = [f"# Speed\n\n`{' '.join(['python', *sys.argv])}`\n\n{setting(threads)}\n\n{HOW}"]
+    page = [f"## Speed\n\n`{' '.join(['python', *sys.argv])}`\n\n{setting(threads)}\n\n{HOW}"]
+    if results:
+        page += [f"![Speed as a share of unsteered]({PICTURE})"]
+    measured: dict[str, tuple[Sequence[Row], Times]] = {}
     seconds = 60 * (0.8 if quick else minutes) / len(chosen)
     for name in chosen:
-        page += model_page(name, threads, seconds, rounds, quick=quick)
+        told, measured[MODELS[name]] = model_page(name, threads, seconds, rounds, quick=quick)
+        page += told
     text = "\n\n".join(page)
     click.echo(text)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
+    if results:
+        write_part(results, "speed.py", text)
+        draw(results.parent / PICTURE, measured, decoding.METRICS)
 
 
-def model_page(name: str, threads: int, seconds: float, rounds: int | None, *, quick: bool) -> list[str]:
-    """The tables of one model."""
+def model_page(
+    name: str, threads: int, seconds: float, rounds: int | None, *, quick: bool
+) -> tuple[list[str], tuple[Sequence[Row], Times]]:
+    """The tables of one model; and the rows and times of the first."""
     small = name == SMALL
     path = resolve(name, fetch=True) if small else shapes.build(name)
-    page = [f"## {MODELS[name]}"]
+    page = [f"### {MODELS[name]}"]
     with ExitStack() as stack:
         contexts = decoding.Contexts(path, threads, stack)
         rows = contexts.rows(*((0.99, 0.97) if small else (0.995, 0.995)), brief=name == "3b")
@@ -89,7 +101,7 @@ def model_page(name: str, threads: int, seconds: float, rounds: int | None, *, q
     if small:
         title = f"Calibration: rounds of {calibration.PROMPTS} prompts"
         page += section(title, recording, recorded, calibration.METRICS)
-    return page
+    return page, (rows, times)
 
 
 def torch_rows() -> ModuleType:
@@ -135,7 +147,7 @@ def timed(what: str, rows: Sequence[Row], rounds: int | None, seconds: float) ->
 
 def section(title: str, rows: Sequence[Row], times: Times, metrics: Mapping[str, str]) -> list[str]:
     counts = sorted({len(times[row.name]) for row in rows})
-    return [f"### {title}", f"Rounds: {' or '.join(map(str, counts))}.", "\n".join(table(rows, times, metrics))]
+    return [f"#### {title}", f"Rounds: {' or '.join(map(str, counts))}.", "\n".join(table(rows, times, metrics))]
 
 
 def setting(threads: int) -> str:

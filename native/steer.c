@@ -4,37 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_KINDS = 16, NAME = 24, MAX_NODES = 1 << 16, NOT_A_SITE = -1 };
-
-/* A graph node, recognised by its address for as long as its name is the same: llama.cpp reuses a graph from token
- * to token, and reuses the memory when it builds another. All NAME bytes are compared, also those behind the name's
- * end: three loads, and a difference there costs no more than parsing the name again. */
-struct node {
-    const struct ggml_tensor *tensor;
-    char name[NAME];
-    int32_t site; /* NOT_A_SITE, a site, or numberless(kind) */
-};
-
-struct steer_hook {
-    struct steer_ggml ggml;
-    struct steer_device_ggml device_ggml; /* ggml.device, where that is not null */
-    int64_t d;
-    int32_t path;
-    int32_t n_kinds, n_sites, n_steerings, n_on;
-    char kind[MAX_KINDS][NAME];
-    struct site *sites;
-    struct steering *steerings;
-    int64_t *reached, *turned;
-    bool recording;
-    struct steer_record record;
-    struct node *nodes; /* open addressing, n_slots a power of two */
-    int32_t n_nodes, n_slots;
-    int32_t layer; /* of the numbered site last asked for: a node without a number belongs to it */
-    int32_t status, failed_site;
-    struct steer_device *devices;
-    float *scratch;
-    size_t scratch_size;
-};
+enum { MAX_NODES = 1 << 16, NOT_A_SITE = -1 };
 
 int32_t steer_abi(void) { return STEER_ABI; }
 
@@ -217,9 +187,11 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
 
     const bool host = ggml->buffer_is_host(buffer), turn = hook->sites[site].n_on > 0;
     int32_t status = STEER_OK;
-    if (host && (hook->path == STEER_PATH_AUTO || hook->path == STEER_PATH_HOST)) {
+    if (hook->path == STEER_PATH_GRAPH && !hook->recording) {
+        status = STEER_NO_GRAPH; /* it would have been turned there */
+    } else if (host && hook->path != STEER_PATH_COPY && hook->path != STEER_PATH_DEVICE) {
         status = act_in_place(hook, site, tensor, n);
-    } else if (hook->path == STEER_PATH_HOST) {
+    } else if (hook->path == STEER_PATH_HOST || hook->path == STEER_PATH_GRAPH) {
         status = STEER_NO_BUFFER;
     } else {
         if (hook->recording) status = record_copy(hook, site, tensor, n);
@@ -238,10 +210,14 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
 bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data) {
     steer_hook *hook = user_data;
     if (hook == NULL || tensor == NULL) return false;
+    if (ask && hook->went_inside) steer_put_back(hook, tensor);
     if (hook->n_on == 0 && !hook->recording) return !ask; /* idle: nothing is looked up */
     if (hook->status != STEER_OK) return false; /* the decode is lost; say no more, Python will read the status */
     const int32_t site = site_of(hook, tensor);
-    if (ask) return site >= 0 && (hook->recording || hook->sites[site].n_on > 0);
+    if (ask) {
+        const bool wanted = site >= 0 && (hook->recording || hook->sites[site].n_on > 0);
+        return wanted && !steer_go_inside(hook, site, tensor);
+    }
     if (site < 0) return true;
     const int32_t status = act_on(hook, site, tensor);
     if (status == STEER_OK) return true;
@@ -271,8 +247,12 @@ int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_sites, con
                   const int32_t *layer, int64_t *reached, int64_t *turned, steer_hook **out) {
     if (out == NULL) return STEER_BAD_ARGUMENT;
     *out = NULL;
-    if (!ggml || !has_functions(ggml) || (ggml->device && !has_device_functions(ggml->device)) || d < 1 || d > 1 << 24 || n_sites < 1 || n_sites > 1 << 20 || !kind || !layer ||
-        !reached || !turned) {
+    if (!ggml || !has_functions(ggml) || (ggml->device && !has_device_functions(ggml->device)) || d < 1 ||
+        d > 1 << 24 || n_sites < 1 || n_sites > 1 << 20 || !kind || !layer || !reached || !turned) {
+        return STEER_BAD_ARGUMENT;
+    }
+    const struct steer_graph_ggml *graph = ggml->graph;
+    if (graph && (!ggml->device || graph->user_data_offset > sizeof graph->custom_params - sizeof(void *))) {
         return STEER_BAD_ARGUMENT;
     }
     steer_hook *hook = calloc(1, sizeof *hook);
@@ -291,6 +271,15 @@ int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_sites, con
         return STEER_NO_MEMORY;
     }
     hook->n_sites = n_sites;
+    if (graph) {
+        hook->graph_ggml = *graph;
+        hook->ggml.graph = &hook->graph_ggml;
+        hook->inside = steer_new_inside(hook);
+        if (hook->inside == NULL) {
+            steer_free(hook);
+            return STEER_NO_MEMORY;
+        }
+    }
     for (int32_t i = 0; i < n_sites; i++) {
         const size_t length = kind[i] ? strlen(kind[i]) : 0;
         int32_t k = length ? find_kind(hook, kind[i], length) : -1;
@@ -317,6 +306,7 @@ void steer_free(steer_hook *hook) {
         free(hook->steerings[i].basis);
     }
     steer_free_devices(hook->devices, hook->ggml.device);
+    free(hook->inside);
     free(hook->sites);
     free(hook->steerings);
     free(hook->nodes);
@@ -325,7 +315,7 @@ void steer_free(steer_hook *hook) {
 }
 
 int32_t steer_set_path(steer_hook *hook, int32_t path) {
-    if (hook == NULL || path < STEER_PATH_AUTO || path > STEER_PATH_DEVICE) return STEER_BAD_ARGUMENT;
+    if (hook == NULL || path < STEER_PATH_AUTO || path > STEER_PATH_GRAPH) return STEER_BAD_ARGUMENT;
     hook->path = path;
     return STEER_OK;
 }

@@ -34,6 +34,7 @@ enum steer_status {
     STEER_NO_BUFFER = 6,      /* a site's tensor has no memory, or none that the forced path can reach */
     STEER_NO_DEVICE = 7,      /* the forced path is the device, which lacks an operation or memory */
     STEER_DEVICE_FAILED = 8,  /* the device reported an error while it turned a site's tensor */
+    STEER_NO_GRAPH = 9,       /* the forced path is the graph, where a site's tensor cannot be turned */
 };
 
 enum steer_op {
@@ -45,10 +46,11 @@ enum steer_op {
 };
 
 enum steer_path {
-    STEER_PATH_AUTO = 0,   /* in place where the memory is the host's, else on the device, else by copying */
-    STEER_PATH_HOST = 1,
+    STEER_PATH_AUTO = 0,   /* the first that can: graph, host, device, copy */
+    STEER_PATH_HOST = 1,   /* in place, once the tensor is computed */
     STEER_PATH_COPY = 2,
     STEER_PATH_DEVICE = 3, /* on the device, the host's memory included */
+    STEER_PATH_GRAPH = 4,  /* by the node that computes the tensor, on the CPU; not while recording */
 };
 
 struct ggml_tensor;
@@ -105,6 +107,14 @@ struct steer_device_ggml {
     int32_t type_f32;
 };
 
+/* What the path inside the graph knows of ggml: offsets of a tensor's fields, numbers of operators, and the parameters
+ * of a custom operator that calls steer_in_graph on every thread, with user data at `user_data_offset`. */
+struct steer_graph_ggml {
+    size_t op_offset, params_offset, source_offset, user_data_offset;
+    int32_t op_mul, op_add, op_custom;
+    unsigned char custom_params[64]; /* GGML_MAX_OP_PARAMS */
+};
+
 /* ggml's functions, and the offsets of the two fields for which ggml exports no getter. */
 struct steer_ggml {
     const char *(*get_name)(const struct ggml_tensor *); /* in an array of 24 bytes or more; ggml's has 64 */
@@ -119,6 +129,7 @@ struct steer_ggml {
     size_t buffer_offset;
     int32_t type_f32;
     const struct steer_device_ggml *device; /* copied; null where there is no device path */
+    const struct steer_graph_ggml *graph;   /* copied; null where there is no path inside the graph; wants a device */
 };
 
 /* Where the last row h of each site is added to or written; any of them may be null. S sites. */
@@ -154,6 +165,9 @@ STEER_API int32_t steer_set_record(steer_hook *hook, const struct steer_record *
 
 /* llama.cpp's cb_eval; user_data is the hook. */
 STEER_API bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data);
+
+/* ggml's custom operator, in place of a site's own: the same result, turned. For ggml to call. */
+STEER_API void steer_in_graph(struct ggml_tensor *tensor, int thread, int n_threads, void *user_data);
 
 /* What the last decodes met with: the first failure since the last call and its site, then forgotten. */
 STEER_API int32_t steer_take_status(steer_hook *hook, int32_t *site);

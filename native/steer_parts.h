@@ -1,7 +1,8 @@
-/* What the files of the hook share: steerings and sites. Not part of its interface, which is steer.h.
+/* What the files of the hook share: the hook, steerings and sites. Not part of its interface, which is steer.h.
  *
  * steer.c        the hook: which graph node is which site, and the ways to its memory
  * steer_turn.c   the mathematics, on rows in the host's memory
+ * steer_graph.c  the same by the node that computes the rows
  * steer_device.c the same mathematics as a ggml graph, on a tensor's own device
  */
 #ifndef STEER_PARTS_H
@@ -42,6 +43,41 @@ struct site {
     struct act *acts; /* in the order in which the steerings were added */
 };
 
+enum { MAX_KINDS = 16, NAME = 24 };
+
+/* A graph node, recognised by its address for as long as its name is the same: llama.cpp reuses a graph from token
+ * to token, and reuses the memory when it builds another. All NAME bytes are compared, also those behind the name's
+ * end: three loads, and a difference there costs no more than parsing the name again. */
+struct node {
+    const struct ggml_tensor *tensor;
+    char name[NAME];
+    int32_t site; /* NOT_A_SITE (-1), a site, or numberless(kind) */
+};
+
+struct steer_hook {
+    struct steer_ggml ggml;
+    struct steer_device_ggml device_ggml; /* ggml.device and ggml.graph, where they are not null */
+    struct steer_graph_ggml graph_ggml;
+    int64_t d;
+    int32_t path;
+    int32_t n_kinds, n_sites, n_steerings, n_on;
+    char kind[MAX_KINDS][NAME];
+    struct site *sites;
+    struct steering *steerings;
+    int64_t *reached, *turned;
+    bool recording;
+    struct steer_record record;
+    struct node *nodes; /* open addressing, n_slots a power of two */
+    int32_t n_nodes, n_slots;
+    int32_t layer; /* of the numbered site last asked for: a node without a number belongs to it */
+    int32_t status, failed_site;
+    struct steer_device *devices;
+    struct steer_inside *inside; /* by site and operator, see steer_graph.c; null where there is no such path */
+    bool went_inside;            /* whether any node ever was changed */
+    float *scratch;
+    size_t scratch_size;
+};
+
 /* Lets what is on at `site` act on rows (n, d), in place. */
 void steer_turn_rows(const struct steering *steerings, const struct site *site, int64_t d, float *rows, int64_t n);
 
@@ -54,5 +90,15 @@ int32_t steer_turn_on_device(struct steer_device **devices, const struct steer_d
                              const struct steering *steerings, int32_t n_steerings, const struct site *site, int64_t d,
                              void *buffer, void *data, int64_t n);
 void steer_free_devices(struct steer_device *devices, const struct steer_device_ggml *ggml);
+
+/* For steer_hook's `inside`; null where memory lacks. */
+struct steer_inside *steer_new_inside(steer_hook *hook);
+
+/* Lets the node that computes a site's tensor turn it too. False, and nothing is changed, where it cannot or a forced
+ * path or the recorder forbids it. */
+bool steer_go_inside(steer_hook *hook, int32_t site, struct ggml_tensor *tensor);
+
+/* Gives a node that this hook changed its own operator again. */
+void steer_put_back(const steer_hook *hook, struct ggml_tensor *tensor);
 
 #endif

@@ -1,5 +1,5 @@
-"""The ways to a tensor's memory: in place, on its device, by copying. Here the device is the CPU's own; test_rpc.py has
-devices whose memory is elsewhere."""
+"""The ways to a tensor's memory: by the node that computes it, in place, on its device, by copying. Here the device is
+the CPU's own; test_rpc.py has devices whose memory is elsewhere."""
 
 from __future__ import annotations
 
@@ -27,17 +27,50 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_host_device_and_copy_give_the_same_logits(model: Path, operator: Operator, count: int) -> None:
+def test_every_way_gives_the_same_logits(model: Path, operator: Operator, count: int) -> None:
     steerings = steerings_for(model, operator, count)
     host = open_forced(model, "host", steerings)
-    others = [open_forced(model, way, steerings) for way in ("device", "copy")]
+    others = [open_forced(model, way, steerings) for way in ("graph", "device", "copy")]
     plain = SteeredLlama(model, steering=(), n_ctx=768, **EXACT)
     for unsteered, expected, *found in zip(*map(logits_by_batch, (plain, host, *others)), strict=True):
         reach = float(np.ptp(expected))
         assert np.abs(unsteered - expected).max() > 2e-2 * reach
         for each in found:
             assert np.abs(each - expected).max() <= TOLERANCE * reach
-    assert [(each._hook.turned == host._hook.turned).all() for each in others] == [True, True]
+        assert (found[0] == expected).all(), "the graph does what the host path does"
+    assert [(each._hook.turned == host._hook.turned).all() for each in others] == [True, True, True]
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_the_graph_turns_on_several_threads_what_the_host_path_turns(
+    family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny.build(family, tmp_path_factory.mktemp("tiny")).gguf_path
+    steerings = steerings_for(path, "adaptive", 3)
+    threads = {"n_threads": 3, "n_threads_batch": 3}
+    host, graph = (open_forced(path, way, steerings, **threads) for way in ("host", "graph"))
+    for expected, found in zip(logits_by_batch(host), logits_by_batch(graph), strict=True):
+        assert (found == expected).all()
+
+
+def test_a_kept_graph_follows_the_dial(model: Path) -> None:
+    """llama.cpp keeps its graph from token to token: a node that was changed for one must not turn the next."""
+    (steering,) = steerings_for(model, "selective", 1)
+    host, auto = (open_forced(model, way, [steering]) for way in ("host", "auto"))
+    tokens = [256, *range(40, 60)]
+    for angle in (30.0, None, 30.0, -20.0, None):
+        found = []
+        for llm in (host, auto):
+            llm.angle = angle
+            llm.reset()
+            for token in tokens:  # one by one, on one graph
+                llm.eval([token])
+            found.append(np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy())
+            record = Record.zeros(len(llm.hook_sites), 64)
+            llm.observe([*tokens, 70], record, steered=True)
+            found.append(record.rows)
+        assert (found[0] == found[2]).all()
+        assert (found[1] == found[3]).all()
 
 
 def test_a_new_dial_reaches_the_device(model: Path) -> None:

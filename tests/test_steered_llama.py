@@ -179,11 +179,15 @@ def test_another_llama_cpp_python_is_refused_with_the_one_to_install(monkeypatch
     native._ggml.cache_clear()
 
 
-def test_a_changed_tensor_layout_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("field", "offset"), [("_TYPE", 4), ("_BUFFER", 16), ("_OP_NUMBER", 84), ("_OP_PARAMS", 88), ("_SOURCES", 160)]
+)
+def test_a_changed_tensor_layout_is_noticed(monkeypatch: pytest.MonkeyPatch, field: str, offset: int) -> None:
     lib, _ = native._ggml()
-    for offsets in ((4, 8), (0, 16)):
-        with pytest.raises(MismatchError, match="lays its tensors out"):
-            native._check_layout(lib, *offsets)
+    monkeypatch.setattr(native, field, offset)
+    check = native._check_layout if field in ("_TYPE", "_BUFFER") else native._graph_ggml
+    with pytest.raises(MismatchError, match="lays its tensors out"):
+        check(lib)
 
 
 def test_it_survives_pickling(model: Path) -> None:

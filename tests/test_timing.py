@@ -11,9 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from page import write_part
+from timing.picture import draw
 from timing.rounds import Row, Share, rounds_of, table
 from timing.shapes import SHAPES, build
 
+from edge_steer.evaluate.plots import new_figure
 from edge_steer.model_file import read_model
 
 
@@ -88,3 +91,31 @@ def test_a_shape_s_gguf_has_its_sizes(tmp_path: Path, monkeypatch: pytest.Monkey
     changed = path.stat().st_mtime_ns
     assert build("small") == path
     assert path.stat().st_mtime_ns == changed
+
+
+def test_each_benchmark_replaces_its_own_part_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    write_part(page, "one.py", "first\n")
+    write_part(page, "two.py", "second")
+    page.write_text(page.read_text().replace("# Results\n", "# Results\n\nBy hand.\n") + "\nMore by hand.\n")
+    write_part(page, "one.py", "third")
+    assert page.read_text() == (
+        "# Results\n\nBy hand.\n\n<!-- benchmarks/one.py -->\nthird\n\n<!-- end of benchmarks/one.py -->\n\n"
+        "<!-- benchmarks/two.py -->\nsecond\n\n<!-- end of benchmarks/two.py -->\n\nMore by hand.\n"
+    )
+
+
+def test_the_picture_has_a_dot_for_every_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timing.picture as module
+
+    figures = []
+    monkeypatch.setattr(module, "new_figure", lambda size: figures.append(new_figure(size)) or figures[-1])
+    rows = [Row("plain", dict), Row("half", dict, "plain", {"token": 0.6})]
+    times = {"plain": [{"token": 1.0}] * 3, "half": [{"token": 2.0}] * 3}
+    draw(tmp_path / "speed.png", {"a model": (rows, times)}, {"token": "generation, tokens/s"})
+    (axis,) = figures[0].axes
+    assert [
+        float(line.get_xdata()[0]) for line in axis.lines if line.get_marker() in ("o", "|") and len(line.get_xdata())
+    ] == [0.5, 0.6]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["half"]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -38,9 +39,10 @@ _STATUS = {
     6: "found a tensor whose memory it cannot reach",
     7: "found a tensor whose device cannot turn it",
     8: "was told of an error by the device",
+    9: "found a tensor that cannot be turned inside the graph",
 }
 _OP = {"selective": 0, "standard": 1, "adaptive": 1, "ablation": 2, "addition": 3}
-_PATH = {"auto": 0, "host": 1, "copy": 2, "device": 3}
+_PATH = {"auto": 0, "host": 1, "copy": 2, "device": 3, "graph": 4}
 
 
 # ggml's functions for the device path and for every path, in the order of steer.h.
@@ -59,12 +61,26 @@ _FUNCTIONS = (
     "ggml_backend_buffer_is_host", "ggml_backend_tensor_get", "ggml_backend_tensor_set",
 )  # fmt: skip
 _DEVICE_TYPE_CPU = 0
+_PARAMS = 64  # GGML_MAX_OP_PARAMS, bytes
+_ALL_THREADS = -1  # GGML_N_TASKS_MAX
+# Where ggml's tensor has the fields for which it exports no getter.
+_TYPE, _BUFFER, _OP_NUMBER, _OP_PARAMS, _SOURCES = 0, 8, 80, 84, 152
 
 
 class _DeviceGgml(ctypes.Structure):
     """struct steer_device_ggml."""
 
     _fields_ = (*((name, c_void_p) for name in _DEVICE_FUNCTIONS), ("host_device", c_void_p), ("type_f32", c_int32))
+
+
+class _GraphGgml(ctypes.Structure):
+    """struct steer_graph_ggml."""
+
+    _fields_ = (
+        *((name, c_size_t) for name in ("op_offset", "params_offset", "source_offset", "user_data_offset")),
+        *((name, c_int32) for name in ("op_mul", "op_add", "op_custom")),
+        ("custom_params", ctypes.c_ubyte * _PARAMS),
+    )
 
 
 class _Ggml(ctypes.Structure):
@@ -76,6 +92,7 @@ class _Ggml(ctypes.Structure):
         ("buffer_offset", c_size_t),
         ("type_f32", c_int32),
         ("device", POINTER(_DeviceGgml)),
+        ("graph", POINTER(_GraphGgml)),
     )
 
 
@@ -146,42 +163,90 @@ def _ggml() -> tuple[ctypes.CDLL, _Ggml]:
     def addresses(names: Sequence[str]) -> list[int]:
         return [ctypes.cast(getattr(lib, name), c_void_p).value or 0 for name in names]
 
-    type_offset, buffer_offset = 0, 8
-    _check_layout(lib, type_offset, buffer_offset)
+    _check_layout(lib)
     registry.ggml_backend_dev_by_type.argtypes = [c_int32]
     registry.ggml_backend_dev_by_type.restype = c_void_p
     cpu = registry.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
     device = _DeviceGgml(*addresses(_DEVICE_FUNCTIONS), cpu, llama_cpp.GGML_TYPE_F32)
     return lib, _Ggml(
-        *addresses(_FUNCTIONS), type_offset, buffer_offset, llama_cpp.GGML_TYPE_F32, ctypes.pointer(device)
-    )
+        *addresses(_FUNCTIONS), _TYPE, _BUFFER, llama_cpp.GGML_TYPE_F32, ctypes.pointer(device),
+        ctypes.pointer(_graph_ggml(lib)),
+    )  # fmt: skip
 
 
-def _check_layout(lib: ctypes.CDLL, type_offset: int, buffer_offset: int) -> None:
-    """ggml exports no getter for a tensor's type and buffer: compare both fields with tensors made through its API."""
+def _other_layout() -> MismatchError:
+    return MismatchError(f"this llama.cpp lays its tensors out in another way than edge-steer knows; {_INSTALL}")
+
+
+@contextmanager
+def _tensor_context(lib: ctypes.CDLL, tensors: int) -> Iterator[int]:
+    """A ggml context with room for so many tensors, without their data."""
     lib.ggml_init.argtypes, lib.ggml_init.restype = [_InitParams], c_void_p
     lib.ggml_free.argtypes, lib.ggml_free.restype = [c_void_p], None
-    lib.ggml_new_tensor_1d.argtypes, lib.ggml_new_tensor_1d.restype = [c_void_p, c_int32, c_int64], c_void_p
     lib.ggml_tensor_overhead.argtypes, lib.ggml_tensor_overhead.restype = [], c_size_t
+    lib.ggml_new_tensor_1d.argtypes, lib.ggml_new_tensor_1d.restype = [c_void_p, c_int32, c_int64], c_void_p
+    context = lib.ggml_init(_InitParams((tensors + 1) * lib.ggml_tensor_overhead(), None, True))
+    try:
+        yield context
+    finally:
+        lib.ggml_free(context)
+
+
+def _check_layout(lib: ctypes.CDLL) -> None:
+    """ggml exports no getter for a tensor's type and buffer: compare both fields with tensors made through its API."""
     lib.ggml_backend_cpu_buffer_type.argtypes, lib.ggml_backend_cpu_buffer_type.restype = [], c_void_p
     lib.ggml_backend_alloc_ctx_tensors_from_buft.argtypes = [c_void_p, c_void_p]
     lib.ggml_backend_alloc_ctx_tensors_from_buft.restype = c_void_p
     lib.ggml_backend_buffer_free.argtypes, lib.ggml_backend_buffer_free.restype = [c_void_p], None
 
     types = (0, 1, 24)  # F32, F16, I8
-    context = lib.ggml_init(_InitParams((len(types) + 1) * lib.ggml_tensor_overhead(), None, True))
-    tensors = [lib.ggml_new_tensor_1d(context, type_, 32) for type_ in types]
-    buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, lib.ggml_backend_cpu_buffer_type())
-    try:
-        found = [
-            (c_int32.from_address(tensor + type_offset).value, c_void_p.from_address(tensor + buffer_offset).value)
-            for tensor in tensors
-        ]
-    finally:
-        lib.ggml_backend_buffer_free(buffer)
-        lib.ggml_free(context)
+    with _tensor_context(lib, len(types)) as context:
+        tensors = [lib.ggml_new_tensor_1d(context, type_, 32) for type_ in types]
+        buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, lib.ggml_backend_cpu_buffer_type())
+        try:
+            found = [
+                (c_int32.from_address(tensor + _TYPE).value, c_void_p.from_address(tensor + _BUFFER).value)
+                for tensor in tensors
+            ]
+        finally:
+            lib.ggml_backend_buffer_free(buffer)
     if found != [(type_, buffer) for type_ in types]:
-        raise MismatchError(f"this llama.cpp lays its tensors out in another way than edge-steer knows; {_INSTALL}")
+        raise _other_layout()
+
+
+def _graph_ggml(lib: ctypes.CDLL) -> _GraphGgml:
+    """The numbers of three operators and a custom operator's parameters, read from nodes made through ggml's API.
+
+    Raises MismatchError where a node's sources, or the marks that are given as user data, do not lie as expected.
+    """
+    two, pointers = [c_void_p, c_void_p, c_void_p], POINTER(c_void_p)
+    lib.ggml_mul.argtypes, lib.ggml_mul.restype = two, c_void_p
+    lib.ggml_add.argtypes, lib.ggml_add.restype = two, c_void_p
+    lib.ggml_custom_4d.argtypes = [
+        c_void_p, c_int32, *[c_int64] * 4, pointers, c_int32, c_void_p, c_int32, c_void_p,
+    ]  # fmt: skip
+    lib.ggml_custom_4d.restype = c_void_p
+    turn, marks = ctypes.cast(library().steer_in_graph, c_void_p), (0x1122334455667788, 0x0807060504030201)
+    with _tensor_context(lib, 6) as context:
+        a, b = (lib.ggml_new_tensor_1d(context, 0, 32) for _ in range(2))
+        product, total = lib.ggml_mul(context, a, b), lib.ggml_add(context, a, b)
+        custom, other = (
+            lib.ggml_custom_4d(context, 0, 32, 1, 1, 1, (c_void_p * 2)(a, b), 2, turn, _ALL_THREADS, mark)
+            for mark in marks
+        )
+        nodes = (product, total, custom)
+        numbers = [c_int32.from_address(node + _OP_NUMBER).value for node in nodes]
+        params = [ctypes.string_at(node + _OP_PARAMS, _PARAMS) for node in (*nodes, other)]
+        sources = [[c_void_p.from_address(node + _SOURCES + 8 * i).value for i in (0, 1, 2)] for node in nodes]
+    where = [each.find(mark.to_bytes(8, sys.byteorder)) for each, mark in zip(params[2:], marks, strict=True)]
+    begins = params[2].startswith(
+        (turn.value or 0).to_bytes(8, sys.byteorder)
+    )  # a custom operator's function comes first
+    expected = begins and where[0] == where[1] >= 0 and len(set(numbers)) == 3 and not any(params[0] + params[1])
+    if not expected or sources != [[a, b, None]] * 3:
+        raise _other_layout()
+    template = (ctypes.c_ubyte * _PARAMS)(*params[2])
+    return _GraphGgml(_OP_NUMBER, _OP_PARAMS, _SOURCES, where[0], *numbers, template)
 
 
 @cache
@@ -236,7 +301,7 @@ def _dial(action: Action) -> Any:
 class Hook:
     """One hook of steer.h, for one context: what it knows of a model are its sites and its width.
 
-    `EDGE_STEER_PATH` = host, device or copy forces how it reaches a tensor's memory, for tests.
+    `EDGE_STEER_PATH` = graph, host, device or copy forces how it reaches a tensor's memory, for tests.
     """
 
     def __init__(self, architecture: Architecture, sites: Sequence[Site], width: int) -> None:

@@ -271,6 +271,16 @@ const struct steer_device_ggml fake_device_ggml = {
     .type_f32 = F32,
 };
 
+const struct steer_graph_ggml fake_graph_ggml = {
+    .op_offset = offsetof(struct ggml_tensor, op),
+    .params_offset = offsetof(struct ggml_tensor, params),
+    .source_offset = offsetof(struct ggml_tensor, src),
+    .user_data_offset = 16,
+    .op_mul = '*',
+    .op_add = '+',
+    .op_custom = 'c',
+};
+
 const struct steer_ggml fake_ggml = {
     .get_name = get_name,
     .nelements = nelements,

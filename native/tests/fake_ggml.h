@@ -19,7 +19,8 @@ struct ggml_tensor {
     float *data;
     bool owned, contiguous;
     char name[64];
-    char op; /* 0 is a leaf */
+    int32_t op; /* a letter; 0 is a leaf */
+    unsigned char params[64];
     float scale;
     struct ggml_tensor *src[2];
 };
@@ -32,7 +33,9 @@ extern char fake_lacking;
 extern int fake_failure;
 
 extern const struct steer_device_ggml fake_device_ggml;
-/* All but the device path. */
+/* Products and sums are * and +, a custom operator is c: user data is all that its parameters hold. */
+extern const struct steer_graph_ggml fake_graph_ggml;
+/* All but the device path and the one inside the graph. */
 extern const struct steer_ggml fake_ggml;
 
 #endif

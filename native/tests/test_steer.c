@@ -257,7 +257,7 @@ static void bad_arguments_are_refused_and_leave_the_hook_as_it_was(void) {
     CHECK(steer_dial(hook, 0, (const double[]){1e300, 0, 0}) == STEER_BAD_ARGUMENT);
     CHECK(steer_dial(hook, 0, (const double[]){0, 0, NAN}) == STEER_BAD_ARGUMENT);
     CHECK(steer_dial(hook, 1, NULL) == STEER_BAD_ARGUMENT && steer_dial(hook, -1, NULL) == STEER_BAD_ARGUMENT);
-    CHECK(steer_set_path(hook, STEER_PATH_DEVICE + 1) == STEER_BAD_ARGUMENT && steer_set_path(hook, -1));
+    CHECK(steer_set_path(hook, STEER_PATH_GRAPH + 1) == STEER_BAD_ARGUMENT && steer_set_path(hook, -1));
     CHECK(steer_rows(hook, SITES, rows, 1) == STEER_BAD_ARGUMENT);
     CHECK(steer_rows(hook, 0, NULL, 1) == STEER_BAD_ARGUMENT && steer_rows(hook, 0, rows, -1) == STEER_BAD_ARGUMENT);
     CHECK(steer_rows(hook, 0, NULL, 0) == STEER_OK);
@@ -338,6 +338,123 @@ static void the_recorder_sums_the_last_row_before_it_is_turned(void) {
     CHECK(fake_alive == 0);
 }
 
+static steer_hook *new_graph_hook(int32_t path) {
+    struct steer_ggml ggml = fake_ggml;
+    ggml.device = &fake_device_ggml;
+    ggml.graph = &fake_graph_ggml;
+    steer_hook *hook = NULL;
+    memset(reached, 0, sizeof reached);
+    memset(turned, 0, sizeof turned);
+    CHECK(steer_new(&ggml, D, SITES, KINDS, LAYERS, reached, turned, &hook) == STEER_OK);
+    CHECK(steer_set_path(hook, path) == STEER_OK);
+    return hook;
+}
+
+/* What ggml does with a node on so many threads, one after the other. */
+static void compute(struct ggml_tensor *t, int n_threads) {
+    const struct ggml_tensor *a = t->src[0], *b = t->src[1];
+    if (t->op == 'c') {
+        void *user_data;
+        memcpy(&user_data, t->params + fake_graph_ggml.user_data_offset, sizeof user_data);
+        for (int i = 0; i < n_threads; i++) steer_in_graph(t, i, n_threads, user_data);
+        return;
+    }
+    for (int64_t i = 0; i < t->ne[0] * t->ne[1]; i++) {
+        const float y = b->data[i % (b->ne[0] * b->ne[1])];
+        t->data[i] = t->op == '*' ? a->data[i] * y : a->data[i] + y;
+    }
+}
+
+static void a_product_or_a_sum_is_turned_by_the_node_that_computes_it(void) {
+    float basis[SITES][2][D], x[ROWS][D], y[ROWS][D], inside[ROWS][D], after[ROWS][D], plain[ROWS][D];
+    fill_planes(basis);
+    for (int k = 0; k < ROWS * D; k++) (&x[0][0])[k] = 3 * noise(), (&y[0][0])[k] = noise();
+    for (int form = 0; form < 2 * 2 * 2 * 3; form++) {
+        const int32_t op = form % 2 ? '*' : '+';
+        const int64_t n = form / 2 % 2 ? ROWS : 1;
+        const bool one_row = form / 4 % 2, in_place = form / 8 == 2;
+        struct ggml_tensor a = tensor("a", &host, &x[0][0], n), b = tensor("b", &host, &y[0][0], one_row ? 1 : n);
+        struct ggml_tensor t = tensor("attn_norm-1", &host, &after[0][0], n);
+        t.op = op, t.src[0] = &a, t.src[1] = &b;
+
+        steer_hook *host_hook = new_graph_hook(STEER_PATH_HOST);
+        for (int c = 0; c < N_CASES; c++) CHECK(steer_dial(host_hook, add(host_hook, CASES[c].op, basis), CASES[c].dial) == STEER_OK);
+        compute(&t, 1);
+        memcpy(plain, after, sizeof plain);
+        CHECK(pass(host_hook, &t) && t.op == op && memcmp(plain, after, sizeof plain) != 0);
+        steer_free(host_hook);
+
+        steer_hook *hook = new_graph_hook(form / 8 ? STEER_PATH_GRAPH : STEER_PATH_AUTO);
+        for (int c = 0; c < N_CASES; c++) CHECK(steer_dial(hook, add(hook, CASES[c].op, basis), CASES[c].dial) == STEER_OK);
+        memcpy(inside, x, sizeof x);
+        if (in_place) a.data = &inside[0][0];
+        t.data = &inside[0][0];
+        for (int token = 0; token < 3; token++) { /* the graph is kept, or made anew */
+            if (token == 2) t.op = op, memset(t.params, 0, sizeof t.params);
+            memcpy(inside, x, sizeof x);
+            CHECK(!steer_eval(&t, true, hook) && t.op == 'c');
+            compute(&t, 3);
+            CHECK(memcmp(inside, after, (size_t)n * sizeof *inside) == 0);
+        }
+        CHECK(reached[2] == 3 && turned[2] == 3 * n);
+
+        float latest[SITES][D]; /* while recording it is turned afterwards */
+        const struct steer_record record = {.rows = &latest[0][0]};
+        memcpy(inside, x, sizeof x);
+        CHECK(steer_set_record(hook, &record) == STEER_OK && steer_eval(&t, true, hook) && t.op == op);
+        compute(&t, 1);
+        CHECK(steer_eval(&t, false, hook) && memcmp(inside, after, (size_t)n * sizeof *inside) == 0);
+        CHECK(steer_set_record(hook, NULL) == STEER_OK && !steer_eval(&t, true, hook) && t.op == 'c');
+        for (int c = 0; c < N_CASES; c++) CHECK(steer_dial(hook, c, NULL) == STEER_OK);
+        CHECK(!steer_eval(&t, true, hook) && t.op == op); /* idle: as llama.cpp made it */
+        for (size_t i = 0; i < sizeof t.params; i++) CHECK(t.params[i] == 0);
+        steer_free(hook);
+    }
+}
+
+static void what_cannot_be_turned_inside_the_graph_is_turned_afterwards(void) {
+    float basis[SITES][2][D], x[ROWS][D], y[ROWS][D], z[ROWS][D];
+    fill_planes(basis);
+    for (int wrong = 0; wrong < 10; wrong++) {
+        struct fake_buffer other = {false};
+        struct ggml_tensor a = tensor("a", &host, &x[0][0], ROWS), b = tensor("b", &host, &y[0][0], ROWS);
+        struct ggml_tensor t = tensor("attn_norm-1", &host, &z[0][0], ROWS);
+        for (int k = 0; k < ROWS * D; k++) (&x[0][0])[k] = noise(), (&y[0][0])[k] = noise(), (&z[0][0])[k] = 0;
+        t.op = '*', t.src[0] = &a, t.src[1] = &b;
+        switch (wrong) {
+        case 0: t.op = 's'; break;
+        case 1: t.op = 'c'; break; /* a custom operator of llama.cpp's own */
+        case 2: t.params[9] = 1; break;
+        case 3: t.src[1] = NULL; break;
+        case 4: b.type = F32 + 1; break;
+        case 5: a.contiguous = false; break;
+        case 6: b.ne[1] = 2; break;
+        case 7: a.data = NULL; break;
+        case 8: t.buffer = &other; break;
+        case 9: t.src[0] = NULL; break;
+        }
+        const struct ggml_tensor before = t;
+        for (int forced = 0; forced < 2; forced++) {
+            steer_hook *hook = new_graph_hook(forced ? STEER_PATH_GRAPH : STEER_PATH_AUTO);
+            CHECK(steer_dial(hook, add(hook, STEER_ADD, basis), (const double[]){1, 0, 0}) == STEER_OK);
+            CHECK(steer_eval(&t, true, hook) && memcmp(&before, &t, sizeof t) == 0);
+            int32_t site = -1;
+            CHECK(steer_eval(&t, false, hook) == !forced);
+            CHECK(steer_take_status(hook, &site) == (forced ? STEER_NO_GRAPH : STEER_OK));
+            CHECK(z[0][0] != 0 && turned[2] == (forced ? 0 : ROWS));
+            steer_free(hook);
+        }
+    }
+    struct steer_graph_ggml bad = fake_graph_ggml;
+    struct steer_ggml ggml = fake_ggml;
+    steer_hook *hook = NULL;
+    ggml.graph = &bad; /* without a device's functions */
+    CHECK(steer_new(&ggml, D, SITES, KINDS, LAYERS, reached, turned, &hook) == STEER_BAD_ARGUMENT);
+    ggml.device = &fake_device_ggml;
+    bad.user_data_offset = sizeof bad.custom_params - 7;
+    CHECK(steer_new(&ggml, D, SITES, KINDS, LAYERS, reached, turned, &hook) == STEER_BAD_ARGUMENT && hook == NULL);
+}
+
 static void the_likeliest_token_once_charges_are_made(void) {
     enum { VOCABULARY = 3000 };
     static float logits[VOCABULARY], before[VOCABULARY];
@@ -383,6 +500,8 @@ int main(void) {
     bad_arguments_are_refused_and_leave_the_hook_as_it_was();
     nodes_are_known_by_address_and_name();
     the_recorder_sums_the_last_row_before_it_is_turned();
+    a_product_or_a_sum_is_turned_by_the_node_that_computes_it();
+    what_cannot_be_turned_inside_the_graph_is_turned_afterwards();
     the_likeliest_token_once_charges_are_made();
     if (failures == 0) puts("steer: all as it should be");
     return failures != 0;
