@@ -239,9 +239,7 @@ def _graph_ggml(lib: ctypes.CDLL) -> _GraphGgml:
         params = [ctypes.string_at(node + _OP_PARAMS, _PARAMS) for node in (*nodes, other)]
         sources = [[c_void_p.from_address(node + _SOURCES + 8 * i).value for i in (0, 1, 2)] for node in nodes]
     where = [each.find(mark.to_bytes(8, sys.byteorder)) for each, mark in zip(params[2:], marks, strict=True)]
-    begins = params[2].startswith(
-        (turn.value or 0).to_bytes(8, sys.byteorder)
-    )  # a custom operator's function comes first
+    begins = params[2].startswith((turn.value or 0).to_bytes(8, sys.byteorder))  # its function comes first
     expected = begins and where[0] == where[1] >= 0 and len(set(numbers)) == 3 and not any(params[0] + params[1])
     if not expected or sources != [[a, b, None]] * 3:
         raise _other_layout()
