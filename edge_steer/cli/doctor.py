@@ -20,9 +20,7 @@ def doctor(model: str | None, ctx: int | None, gpu_layers: int, threads: int | N
 
     found: dict[str, Any] = examine_build()
     if model is not None:
-        path, parameters = options.run_parameters(
-            model, ctx=ctx or 256, gpu_layers=gpu_layers, threads=threads, seed=seed
-        )
+        path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
         found["model"] = examine_model(path, **parameters)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
