@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.json_file import read_json
 
 # numpy has no bfloat16: its bits are kept as uint16, which no checkpoint of the families here holds otherwise.
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -109,21 +110,6 @@ def positive(path: Path, key: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise FormatError(f"{path}: expected a positive number as {key}, got {shown(value)}")
     return float(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file `path`. Raises SteerError where it cannot be read, FormatError where it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SteerError(f"{path}: no such file; give a Hugging Face directory as save_pretrained writes it") from None
-    except OSError as error:
-        raise SteerError(f"cannot read {path}: {error.strerror or error}; check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, got {error}; download the file again") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(found).__name__}; download the file again")
-    return found
 
 
 def read_config(directory: Path) -> Config:

@@ -17,8 +17,8 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from edge_steer.converters import pre_tokenizer
-from edge_steer.converters.checkpoint import read_json
 from edge_steer.errors import FormatError, SteerError
+from edge_steer.json_file import read_json
 
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

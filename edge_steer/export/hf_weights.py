@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export.readers import check_experts, gguf_name, steered_readers
+from edge_steer.json_file import read_json
 from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture
 from edge_steer.steering import BaseModel, Steering
 
@@ -88,7 +89,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise SteerError(f"expected a Hugging Face directory with config.json, got {folder}; give a GGUF to --to gguf")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text = _text_config(folder, config)
     named = [each for each in (config.get("model_type"), text.get("model_type")) if isinstance(each, str)]
     model_type = next((each for each in named if each in MODEL_TYPES), None)
@@ -126,23 +127,11 @@ def _size(folder: Path, text: dict[str, Any], key: str) -> int:
     return size
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SteerError(f"cannot read {path}: {error.strerror or error}; check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, got {error}; fetch it again") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
-
-
 def _shards(folder: Path) -> dict[str, Path]:
     """The file of every tensor that the index names; of all, under no name, where there is no index."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = _json(index).get("weight_map")
+        named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
             raise FormatError(f"{index}: expected a weight_map of tensor names to files; fetch it again")
         for name in named.values():

@@ -7,7 +7,6 @@ is believed that was not looked at.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from edge_steer._version import __version__
 from edge_steer.errors import FormatError, MismatchError, SteerError
 from edge_steer.importing.archive import check_archive
 from edge_steer.importing.target import Target
+from edge_steer.json_file import read_json
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site, site_of_module
 from edge_steer.steering import CONTROL_CHARACTERS, Made, Operator, Steering
@@ -41,7 +41,8 @@ def import_published(plane: Path, target: Target, name: str) -> Steering:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise FormatError(f"{plane}: expected two vectors as 'basis', got {_kind(pair)}")
     b1, b2 = (_vector(plane, f"basis[{number}]", each, target) for number, each in enumerate(pair))
-    config, metadata = _json(plane.with_name("config.json")), _json(plane.with_name("metadata.json"))
+    beside = (plane.with_name(name) for name in ("config.json", "metadata.json"))
+    config, metadata = (read_json(path) if path.is_file() else {} for path in beside)
     extra = _dict(plane, "extra_info", found.get("extra_info"))
     mask, modules = _mask(plane, extra)
     _check_directions(plane.with_name("directions.pt"), b1, target)
@@ -163,16 +164,6 @@ def _check_directions(path: Path, b1: NDArray[np.float64], target: Target) -> No
     cosine = float(b1 @ chosen / max(np.linalg.norm(b1) * np.linalg.norm(chosen), 1e-300))
     if cosine < 0.99:
         raise FormatError(f"{path}: expected the direction of plane.pt, got one at a cosine of {cosine:.3f} from it")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file of the calibration; empty where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return _dict(path, "a published file", json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError):
-        raise FormatError(f"{path}: expected JSON, got something else; fetch it again, or remove it") from None
 
 
 def _dict(path: Path, what: str, value: Any) -> dict[Any, Any]:
