@@ -215,4 +215,5 @@ def test_texts_are_spread_over_their_set() -> None:
     assert spread("ab", 5) == ("a", "b")
     prompts = PromptSet("own", "", "a", "b", (Prompt("x"), Prompt("y")), (Prompt("z"),))
     made = material(Amounts(held_out=1), held_out=prompts)
-    assert (len(made.passages), len(made.questions), made.positive) == (12, 200, (Prompt("x"),))
+    assert len(made.openings) == 32
+    assert (len(made.passages), len(made.questions), made.positive) == (12, 160, (Prompt("x"),))

@@ -14,8 +14,8 @@ class Budget:
     """kl: nats per token on neutral text, at most. repetition: at most factor × unsteered + slack. retention: of the
     unsteered accuracy, at least.
 
-    With 200 questions one answer is half a percent, and some always turn by chance. So where the retention lies within
-    its standard error of the limit, the confidence kept, which moves smoothly, is held to the same limit instead.
+    With 160 questions one answer is over half a percent, and some always turn by chance. So where the retention lies
+    within its standard error of the limit, the confidence kept, which moves smoothly, is held to it instead.
 
     errors: standard errors of the divergence that must fit within its limit beside the mean. A range that is to hold on
     text other than what was measured wants some.

@@ -21,9 +21,9 @@ class Amounts:
 
     probes: int = 24
     passages: int = 12
-    questions: int = 200
-    answers: int = 16  # one that runs in circles must not decide
-    answer_tokens: int = 48
+    questions: int = 160
+    answers: int = 32  # one that runs in circles must not decide
+    answer_tokens: int = 32
     held_out: int = 6  # prompts a class
 
 
