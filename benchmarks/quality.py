@@ -49,7 +49,7 @@ AMOUNTS = Amounts(probes=12, passages=5, questions=120, answers=16, answer_token
 BUDGET = Budget()
 # Of the three limits the steadiest: one answer that runs in circles, or two questions, can end a range by chance.
 # What `sweep --write` stores is to hold on other text too.
-TO_STORE = Budget(errors=2.0)
+TO_STORE = Budget(errors=2.0, repetition_errors=1.0)
 KL_ALONE = Budget(retention=0.0, repetition_slack=math.inf)
 OURS, PUBLISHED, RIVAL = "local", "global", "addition"
 
@@ -312,9 +312,10 @@ def at(point: Row, sign: str) -> str:
 
 def promises(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "The safe range of the default method as `sweep --write` stores it (two standard errors of the divergence must "
-        "fit as well), given by every other probe, passage, question and answer of a sweep's amounts; and what the "
-        "other half of them says at its ends, held to the limits as they stand (`--promise`).",
+        "The safe range of the default method as `sweep --write` stores it (two standard errors of the divergence and "
+        "one of the repetition must fit as well), given by every other probe, passage, question and answer of a "
+        "sweep's amounts; and what the other half of them says at its ends, held to the limits as they stand "
+        "(`--promise`).",
         "",
         "| model | preset | range from one half | on the other: KL at its ends | questions | repetition | promise |",
         "|---|---|---|---|---|---|---|",

@@ -127,6 +127,7 @@ def test_figures_are_means_over_items_and_changes_from_off() -> None:
     assert found.accuracy == found.retention == 0.75
     assert found.retention_error == 0.25  # one of four right answers turned
     assert found.repetition == pytest.approx(0.25)  # aaaa twice in the first answer, none in the second
+    assert found.repetition_error == pytest.approx(0.25)  # 0.5 and 0: √(2 · 0.25²) / √2
     assert found.answer_perplexity == pytest.approx(math.exp(0.5))
     assert found.violations == 0
     assert found.strict_violations == 0.5

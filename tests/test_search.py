@@ -42,6 +42,11 @@ def test_a_budget_that_wants_standard_errors_holds_the_mean_and_them_to_the_limi
     assert careful.broken(at(1, kl=0.2, kl_error=0.02), OFF) == []
     assert careful.broken(at(1, kl=0.2), OFF) == []
     assert BUDGET.broken(at(1, kl=0.2, kl_error=0.3), OFF) == []
+    wary = Budget(repetition_errors=1.0)
+    limit = wary.repetition_factor * (OFF.repetition or 0.0) + wary.repetition_slack
+    assert wary.broken(at(1, repetition=limit - 0.01, repetition_error=0.02), OFF) == ["repetition"]
+    assert wary.broken(at(1, repetition=limit - 0.03, repetition_error=0.02), OFF) == []
+    assert BUDGET.broken(at(1, repetition=limit - 0.01, repetition_error=0.02), OFF) == []
     model = Model(lambda dial: at(dial, kl=(dial / 11) ** 2 * 0.25, kl_error=(dial / 11) ** 2 * 0.05), careful)
     search(model.gauge, "selective", Effort())
     end = 11 * math.sqrt(0.25 / 0.35)

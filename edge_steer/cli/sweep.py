@@ -126,7 +126,7 @@ def sweep(
     )  # fmt: skip
     if len(journal):
         options.note(f"{folder} holds {len(journal)} measurements of this sweep; it goes on from there")
-    budget = Budget(kl=max_kl, retention=min_retention, errors=2.0)
+    budget = Budget(kl=max_kl, retention=min_retention, errors=2.0, repetition_errors=1.0)
     effort = QUICK_EFFORT if quick else Effort()
     run = Sweep(Bench(llm, measured_on), journal, budget, tell=_told)
     try:

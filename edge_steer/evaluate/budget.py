@@ -17,8 +17,8 @@ class Budget:
     With 160 questions one answer is over half a percent, and some always turn by chance. So where the retention lies
     within its standard error of the limit, the confidence kept, which moves smoothly, is held to it instead.
 
-    errors: standard errors of the divergence that must fit within its limit beside the mean. A range that is to hold on
-    text other than what was measured wants some.
+    errors, repetition_errors: standard errors of the divergence and of the repetition that must fit within the limit
+    beside the mean. A range that is to hold on text other than what was measured wants some.
     """
 
     kl: float = 0.25
@@ -26,6 +26,7 @@ class Budget:
     repetition_slack: float = 0.05
     retention: float = 0.97
     errors: float = 0.0
+    repetition_errors: float = 0.0
 
     def divergence(self, at: Figures) -> float:
         """What is held to the limit on divergence."""
@@ -45,10 +46,14 @@ class Budget:
             for name, broken in (
                 ("kl", at.kl is not None and self.divergence(at) > self.kl),
                 ("retention", at.retention is not None and self._lost(at)),
-                ("repetition", at.repetition is not None and at.repetition > most),
+                ("repetition", at.repetition is not None and self._repeated(at) > most),
             )
             if broken
         ]
+
+    def _repeated(self, at: Figures) -> float:
+        assert at.repetition is not None
+        return at.repetition + self.repetition_errors * (at.repetition_error or 0.0)
 
     def _lost(self, at: Figures) -> bool:
         assert at.retention is not None

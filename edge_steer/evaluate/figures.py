@@ -30,8 +30,8 @@ class Figures:
     perplexity: of neutral text. accuracy: share of questions answered right; retention: that over the unsteered one,
     with its standard error: √(answers that turned right or wrong), over the right ones unsteered. confidence: mean
     share of the answer among the options; confidence_kept: that over the unsteered one.
-    answer_perplexity (of the answers, unsteered; geometric mean), repetition, language, compression: means over the
-    answers. violations, strict_violations: shares of the answers.
+    answer_perplexity (of the answers, unsteered; geometric mean), repetition (with its standard error), language,
+    compression: means over the answers. violations, strict_violations: shares of the answers.
     """
 
     dial: float | None
@@ -50,6 +50,7 @@ class Figures:
     confidence_kept: float | None = None
     answer_perplexity: float | None = None
     repetition: float | None = None
+    repetition_error: float | None = None
     language: float | None = None
     compression: float | None = None
     violations: float | None = None
@@ -107,11 +108,12 @@ def figures(dial: float | None, on: Parts, off: Parts, half: Half = None) -> Fig
 def _coherence(part: Part, half: Half) -> dict[str, float]:
     texts = _items(part["texts"], half)
     perplexities = np.exp(-_array(part["log_p"], half))
-    repetitions = [coherence.repetition(each) for each in texts]
+    repetitions = np.array([coherence.repetition(each) for each in texts])
     strict = [coherence.violates_strictly(p, r) for p, r in zip(perplexities, repetitions, strict=True)]
     return {
         "answer_perplexity": float(np.exp(np.log(perplexities).mean())),
-        "repetition": float(np.mean(repetitions)),
+        "repetition": float(repetitions.mean()),
+        "repetition_error": float(repetitions.std(ddof=1) / math.sqrt(len(texts))) if len(texts) > 1 else math.nan,
         "language": float(np.mean([coherence.language_consistency(each) for each in texts])),
         "compression": float(np.mean([coherence.compression_ratio(each) for each in texts])),
         "violations": float(np.mean([coherence.violates(each) for each in perplexities])),
