@@ -339,7 +339,9 @@ def promises(rows: Sequence[Row]) -> list[str]:
 
 def bars(rows: Sequence[Row], path: Path, title: str) -> None:
     """Both directions' largest effects of every method, preset by preset."""
-    methods = list(dict.fromkeys(each["method"] for row in rows for each in row["methods"]))
+    found = {each["method"] for row in rows for each in row["methods"]}
+    methods = [name for name in METHODS if name in found]
+    colours = dict(zip(METHODS, COLOURS, strict=False))  # the same in every picture
     figure = new_figure((2 + 1.5 * len(rows), 4.2))
     axis = figure.subplots()
     width = 0.8 / len(methods)
@@ -349,9 +351,9 @@ def bars(rows: Sequence[Row], path: Path, title: str) -> None:
                 if each["method"] == method:
                     x = place - 0.4 + (number + 0.5) * width
                     ends = [each[side]["effect"] or 0.0 for side in ("negative", "positive")]
-                    axis.bar(x, ends[1], width * 0.9, color=COLOURS[number])
-                    axis.bar(x, ends[0], width * 0.9, color=COLOURS[number])
-        axis.bar(0, 0, color=COLOURS[number], label=method)
+                    axis.bar(x, ends[1], width * 0.9, color=colours[method])
+                    axis.bar(x, ends[0], width * 0.9, color=colours[method])
+        axis.bar(0, 0, color=colours[method], label=method)
     axis.axhline(0, color="#666666", linewidth=0.8)
     axis.set_xticks(range(len(rows)), [row["preset"] for row in rows])
     axis.set_ylabel("largest effect within the budget\n(change of probe gap, nats per token)")
