@@ -27,12 +27,12 @@ class Effort:
     """step: the first step in degrees. rounds: of halving at each end of the range. bends: positions added, each where
     the curve bends most."""
 
-    step: float = 2.0
+    step: float = 4.0
     rounds: int = 3
     bends: int = 2
 
 
-QUICK = Effort(step=4.0, rounds=1, bends=0)
+QUICK = Effort(rounds=1, bends=0)
 # An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
 _PER_DEGREE = math.tan(math.radians(1.0))
 
@@ -102,8 +102,6 @@ def _side(gauge: Gauge, effort: Effort, centre: float, sign: int, step: float, m
         good = offset
     if bad is None:
         return
-    if not gauge.budget.kl_alone:
-        gauge.whole(_at(centre, sign, bad))  # for the plot: what broke, and how much
     for number in range(MOST_ROUNDS):
         # Without a position within the budget the side would have no effect at all: look on for one.
         if good and number >= effort.rounds:
