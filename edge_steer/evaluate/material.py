@@ -27,7 +27,7 @@ class Amounts:
     held_out: int = 6  # prompts a class
 
 
-QUICK = Amounts(probes=8, passages=6, questions=60, answers=4, answer_tokens=32, held_out=3)
+QUICK = Amounts(probes=8, passages=6, questions=40, answers=4, answer_tokens=32, held_out=3)
 
 
 @dataclass(frozen=True)
