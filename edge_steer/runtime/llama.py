@@ -375,8 +375,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         return not args and not self._logits_all and extras == (None, None, None)
 
     def _continued(self, token: int) -> Generator[int, Sequence[int] | None, None]:
-        """An answer from its first token on. As Llama.generate goes on, with fewer calls for each token: a decode leaves
-        none of Python in the processor's caches, and each costs ten times what it costs in a loop of its own."""
+        """An answer from its first token on. As Llama.generate goes on, with fewer calls for each token: a decode
+        leaves none of Python in the processor's caches, and each costs ten times what it costs in a loop of its own."""
         sampler, context = self._sampler, self._ctx
         while True:
             sent = yield token
