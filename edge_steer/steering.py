@@ -25,7 +25,8 @@ from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
 from edge_steer.sites import KINDS, Site
 
 Operator = Literal["selective", "standard", "adaptive", "ablation", "addition"]
-Plane = Literal["local", "global"]
+# local: each site its own plane. shared: one for all, made at one site. global: one for all, as published.
+Plane = Literal["local", "shared", "global"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 PLANES: tuple[Plane, ...] = get_args(Plane)
 # What no line of a terminal should be given, and what UTF-8 cannot hold.
@@ -48,7 +49,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Made:
-    """How a steering was made. `date` is ISO 8601, `version` that of edge-steer."""
+    """How a steering was made. `date` is ISO 8601, `version` that of edge-steer.
+
+    orthogonal_to: what was projected out of its directions.
+    candidates:    the choices of sites and planes that were measured, this one first, each with its dials at one
+                   divergence (candidate_min, candidate_max) and the change of the gap between them (candidate_effect).
+    """
 
     recorder: str = ""
     model: str = ""
@@ -57,6 +63,20 @@ class Made:
     date: str = ""
     positive_count: int = 0
     negative_count: int = 0
+    orthogonal_to: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+    candidate_effect: tuple[float, ...] = ()
+    candidate_min: tuple[float, ...] = ()
+    candidate_max: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("orthogonal_to", "candidates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("candidate_effect", "candidate_min", "candidate_max"):  # as the file holds them
+            given = np.asarray(getattr(self, name), np.float32)
+            object.__setattr__(self, name, tuple(map(float, given)))
+            if len(given) != len(self.candidates):
+                raise FormatError(f"expected {name} for {len(self.candidates)} candidates, got {len(given)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +91,7 @@ class Steering:
     mean_norm:  (S,) float32, mean ‖h‖ at the site; NaN: not measured.
     threshold:  of `adaptive`. angle: default dial. angle_min, angle_max: safe range. NaN: not measured. All four are
                 rounded to float32, as the file holds them.
+    provisional: whether the range is calibration's quick measure; `sweep --write` replaces it.
     """
 
     name: str
@@ -90,6 +111,7 @@ class Steering:
     angle: float = math.nan
     angle_min: float = math.nan
     angle_max: float = math.nan
+    provisional: bool = False
     made: Made = field(default_factory=Made)
 
     def __post_init__(self) -> None:
@@ -171,7 +193,8 @@ class Steering:
     def _texts(self) -> list[tuple[str, str]]:
         owners = (("", self), ("base.", self.base), ("made.", self.made))
         found = [(prefix + part.name, getattr(owner, part.name)) for prefix, owner in owners for part in fields(owner)]
-        return [(name, value) for name, value in found if isinstance(value, str)]
+        several = [(name, each) for name, value in found if isinstance(value, tuple) for each in value]
+        return [(name, value) for name, value in [*found, *several] if isinstance(value, str)]
 
     # --- what it does -------------------------------------------------------------------------------------------
 
@@ -214,7 +237,7 @@ class Steering:
         return self.angle
 
     def at_strength(self, strength: float) -> float:
-        """The dial at `strength` in −1…1 of the measured safe range. Raises SteerError where none was measured."""
+        """The dial at `strength` in −1…1 of the safe range. Raises SteerError where none was measured."""
         if not -1 <= strength <= 1:
             raise SteerError(f"expected a strength from -1 to 1, got {strength}")
         end = self.angle_max if strength >= 0 else self.angle_min

@@ -32,6 +32,7 @@ def _array_of(item: GGUFValueType) -> Kind:
 _TEXT: Kind = (GGUFValueType.STRING, None)
 _U32: Kind = (GGUFValueType.UINT32, None)
 _F32: Kind = (GGUFValueType.FLOAT32, None)
+_BOOL: Kind = (GGUFValueType.BOOL, None)
 
 _STEERING: dict[str, Kind] = {
     **dict.fromkeys(("name", "description", "positive", "negative", "operator", "plane"), _TEXT),
@@ -41,6 +42,7 @@ _STEERING: dict[str, Kind] = {
     "rank": _U32,
     **dict.fromkeys(("basis", "separation", "mean_norm"), _array_of(GGUFValueType.FLOAT32)),
     **dict.fromkeys(("threshold", "angle", "angle_min", "angle_max"), _F32),
+    "provisional": _BOOL,
 }
 _REQUIRED = {"name", "operator", "plane", "sites", "mask", "site_plane", "rank", "basis"}
 _BASE: dict[str, Kind] = {
@@ -50,6 +52,8 @@ _BASE_REQUIRED = _BASE.keys() - {"tokenizer_sha256"}
 _MADE: dict[str, Kind] = {
     **dict.fromkeys(("recorder", "model", "prompts_sha256", "version", "date"), _TEXT),
     **dict.fromkeys(("positive_count", "negative_count"), _U32),
+    **dict.fromkeys(("orthogonal_to", "candidates"), _array_of(GGUFValueType.STRING)),
+    **dict.fromkeys(("candidate_effect", "candidate_min", "candidate_max"), _array_of(GGUFValueType.FLOAT32)),
 }
 
 
@@ -146,7 +150,7 @@ def metadata(steerings: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
             prefix + name: Value(kind, fields[name], item)
             for prefix, kinds, fields in sections
             for name, (kind, item) in kinds.items()
-            if fields[name] is not None
+            if fields[name] is not None and not (item is not None and len(fields[name]) == 0)  # as gguf-py drops it
         },
     }
 

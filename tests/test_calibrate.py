@@ -23,6 +23,8 @@ from edge_steer.steering import BaseModel, Steering
 D, BLOCKS = 24, 4
 SITES = tuple(Site(layer, kind) for layer in range(BLOCKS) for kind in ("attn_norm", "ffn_norm"))
 
+STREAM = tuple(Site(layer, "layer_out") for layer in range(BLOCKS))
+
 
 class PlantedModel:
     """A recorder of a made-up model: h = mean + (±1 + shift)·strength·direction + noise, every site its own.
@@ -82,9 +84,68 @@ def test_local_planes_are_at_the_sites_that_attention_reads_unless_told_otherwis
     assert calibrate(shared_direction(), prompts, kinds=None, plane="global").sites == SITES
     assert calibrate(model, prompts, kinds=("ffn_norm",)).sites == tuple(sorted(set(SITES) - set(attention)))
     # Falcon-40B's attention reads a norm of its own; a steering of the residual stream has no attention norms.
-    falcon = [Site(0, "attn_norm"), Site(0, "attn_norm_2"), Site(1, "attn_norm"), Site(1, "attn_norm_2")]
-    assert chosen_sites(falcon, "local", None).tolist() == [1, 3]
-    assert chosen_sites([Site(1, "layer_out"), Site(2, "layer_out")], "local", None).tolist() == [0, 1]
+    falcon = PlantedModel([Site(layer, kind) for layer in (0, 1) for kind in ("attn_norm", "attn_norm_2")])
+    assert chosen_sites(falcon, "local", None, None)[1].tolist() == [1, 3]
+
+
+def test_the_residual_stream_is_turned_in_the_upper_half_or_the_layers_given() -> None:
+    model, prompts = PlantedModel(STREAM), prompt_set()
+    assert [site.layer for site in calibrate(model, prompts, kinds=None).sites] == [2, 3]
+    assert [site.layer for site in calibrate(model, prompts, kinds=None, layers=(1, 2)).sites] == [1, 2]
+    with pytest.raises(SteerError, match="expected layers within 0-3, got 4-9"):
+        calibrate(model, prompts, kinds=None, layers=(4, 9))
+
+
+def test_a_plane_of_the_residual_stream_holds_its_mean_and_does_not_lean() -> None:
+    model = PlantedModel(STREAM, noise=0.0)
+    model.strength[:] = np.linspace(0.2, 1, BLOCKS)
+    steering = calibrate(model, prompt_set(), kinds=None)
+    for site in steering.sites:
+        assert steering.basis_at(site)[1] @ model.mean[site.layer] == pytest.approx(-10)
+
+
+def test_a_shared_plane_is_that_of_the_site_at_seven_tenths_of_the_depth() -> None:
+    model, prompts = PlantedModel(STREAM), prompt_set()
+    steering = calibrate(model, prompts, kinds=None, plane="shared", layers=(1, 3))
+    assert (steering.basis.shape, len(steering.steered)) == ((1, 2, D), 3)
+    assert steering.basis[0, 0] @ model.direction[3] > 0.99
+    elsewhere = calibrate(model, prompts, kinds=None, plane="shared", layers=(1, 1))
+    np.testing.assert_array_equal(elsewhere.basis, steering.basis)
+    assert calibrate(model, prompts, kinds=None, plane="shared", operator="addition").basis.shape == (1, 1, D)
+    with pytest.raises(SteerError, match="expected one kind of site for a shared plane, got attn_norm, ffn_norm"):
+        calibrate(PlantedModel(), prompts, plane="shared")
+
+
+def test_planes_of_the_stream_before_layer_norms_are_orthogonal_to_ones() -> None:
+    model = PlantedModel(STREAM)
+    model.base = dataclasses.replace(model.base, architecture="gptneox")
+    steering = calibrate(model, prompt_set(), kinds=None)
+    assert np.abs(steering.basis.sum(-1)).max() < 1e-5
+    assert np.abs(calibrate(PlantedModel(STREAM), prompt_set(), kinds=None).basis.sum(-1)).max() > 0.1
+
+
+def test_directions_are_orthogonal_to_what_is_projected_out() -> None:
+    model, prompts = PlantedModel(STREAM), prompt_set()
+    tilted = PlantedModel(STREAM)
+    tilted.direction = (model.direction + np.roll(model.direction, 1, axis=-1)) / np.sqrt(2)
+    axis = calibrate(tilted, prompts, kinds=None, layers=(0, 3), name="other")
+    plain = calibrate(model, prompts, kinds=None)
+    steering = calibrate(model, prompts, kinds=None, orthogonal_to=[axis])
+    assert steering.made.orthogonal_to == ("other",)
+    for site in steering.sites:
+        r, u = axis.basis_at(site)[0], plain.basis_at(site)[0]
+        assert abs(u @ r) > 0.5
+        left = u - (u @ r) * r
+        np.testing.assert_allclose(steering.basis_at(site)[0], left / np.linalg.norm(left), atol=1e-6)
+
+
+def test_what_cannot_be_projected_out_is_one_clear_line() -> None:
+    model, prompts = PlantedModel(STREAM), prompt_set()
+    axis = calibrate(model, prompts, kinds=None, layers=(0, 3))
+    with pytest.raises(SteerError, match="expected directions of their own, got ones along"):
+        calibrate(model, prompts, kinds=None, orthogonal_to=[axis])
+    with pytest.raises(SteerError, match=r"expected steering 'mood' at blk.0.attn_norm to be orthogonal to it there"):
+        calibrate(PlantedModel(), prompts, orthogonal_to=[axis])
 
 
 def test_a_site_turns_its_mean_by_the_root_of_its_share_of_the_largest_class_angle() -> None:
@@ -243,14 +304,8 @@ def test_the_steering_says_how_it_was_made() -> None:
 def test_progress_counts_every_prompt_that_runs() -> None:
     prompts, steps = prompt_set(70, 5), list[int]()
     calibrate(PlantedModel(), prompts, mask="all", step=steps.append)
-    assert sum(steps) == passes(prompts) == 70 + 5 + 64 + 5
-
-
-def test_the_residual_stream_takes_addition_only() -> None:
-    model = PlantedModel([Site(layer, "layer_out") for layer in range(BLOCKS)])
-    assert calibrate(model, prompt_set(), operator="addition", kinds=None).mask.all()
-    with pytest.raises(SteerError, match="expected operator addition at layer_out sites, got selective"):
-        calibrate(model, prompt_set(), kinds=None)
+    assert sum(steps) == passes(prompts) == 70 + 5
+    assert passes(prompts, [prompt_set(40)]) == 70 + 5 + 32 + 32
 
 
 def test_what_cannot_be_calibrated_is_one_clear_line() -> None:
@@ -270,7 +325,7 @@ def test_what_cannot_be_calibrated_is_one_clear_line() -> None:
     assert line(one_sided, prompts, mask="site").endswith("use --mask all")
     assert line(one_sided, prompts, mask="layer").endswith("use --mask all")
     assert line(model, prompts, operator="rotate").startswith("expected operator among selective")
-    assert line(model, prompts, plane="round").startswith("expected plane among local, global")
+    assert line(model, prompts, plane="round").startswith("expected plane among local, shared, global")
     assert line(model, prompts, mask="none").startswith("expected mask among site, layer, all")
 
 

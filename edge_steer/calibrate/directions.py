@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from edge_steer.calibrate.sums import ClassSums, Float64
 from edge_steer.errors import SteerError
 from edge_steer.sites import Site
+from edge_steer.steering import Steering
 
 # Below this share of the activation a difference is rounding of float32, not a direction.
 SMALLEST = 1e-6
+# Below this what is left of a unit direction is noise.
+_PARALLEL = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +55,35 @@ def directions(sites: Sequence[Site], positive: ClassSums, negative: ClassSums) 
             "expected the two classes to differ somewhere, got equal mean activations at every site; use other prompts"
         )
     return Directions(kept, v[kept] / length[kept, None])
+
+
+def axes_at(sites: Sequence[Site], steering: Steering) -> Float64:
+    """b1 (T, d) of `steering` at each of `sites`. Raises SteerError where it was not calibrated at one of them."""
+    if missing := [site for site in sites if site not in steering.sites]:
+        raise SteerError(
+            f"expected steering {steering.name!r} at {missing[0]} to be orthogonal to it there, got "
+            f"{', '.join(sorted({site.kind for site in steering.sites}))} sites; calibrate it with the same --sites"
+        )
+    return np.stack([steering.basis_at(site)[0] for site in sites]).astype(np.float64)
+
+
+def without(unit: Float64, axes: Sequence[Float64]) -> tuple[Float64, NDArray[np.intp]]:
+    """The directions (T, d) with their part along each of `axes` (T, d) taken out, unit again, and which T sites keep
+    one: u ← unit(u − (u·r)r), the axes made orthogonal to each other first. An axis of zeros takes nothing out.
+
+    Raises SteerError where no site keeps a direction.
+    """
+    orthogonal: list[Float64] = []
+    for axis in axes:
+        for earlier in orthogonal:
+            axis = axis - (axis * earlier).sum(-1, keepdims=True) * earlier
+        length = np.linalg.norm(axis, axis=-1, keepdims=True)
+        orthogonal.append(np.divide(axis, length, out=np.zeros_like(axis), where=length > SMALLEST))
+    left = unit
+    for axis in orthogonal:
+        left = left - (left * axis).sum(-1, keepdims=True) * axis
+    length = np.linalg.norm(left, axis=-1)
+    kept = np.flatnonzero(length > _PARALLEL)
+    if not len(kept):
+        raise SteerError("expected directions of their own, got ones along those to be orthogonal to; leave those out")
+    return left[kept] / length[kept, None], kept

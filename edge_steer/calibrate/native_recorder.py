@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_steer.calibrate.sums import ClassSums
+from edge_steer.calibrate.sums import KEPT, ClassSums
 from edge_steer.contrast import Prompt
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
@@ -36,8 +35,11 @@ class NativeRecorder:
     def sums(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> ClassSums:
         """Float64 sums over the prompts' last tokens, (S, d)."""
         record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
-        for prompt in prompts:
-            self._observe(prompt, record)
+        rows = np.empty((min(len(prompts), KEPT), len(self.sites), self.base.embedding_length), np.float32)
+        for number, prompt in enumerate(prompts):
+            self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt)), record)
+            if number < len(rows):
+                rows[number] = record.rows[self._at]
             step(1)
         counts = record.count[self._at]
         if (counts != len(prompts)).any():
@@ -47,16 +49,9 @@ class NativeRecorder:
                 "run `edge-steer doctor -m MODEL` to see the sites it has"
             )
         return ClassSums(
-            count=len(prompts), h=record.sum[self._at], unit=record.sum_unit[self._at], norm=record.sum_norm[self._at]
+            len(prompts), record.sum[self._at], record.sum_unit[self._at], record.sum_norm[self._at], rows
         )
 
-    def rows(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
-        """The last token's activations (S, d) of each prompt, in the order given."""
-        record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
-        for prompt in prompts:
-            self._observe(prompt, record)
-            yield record.rows[self._at]
-            step(1)
-
-    def _observe(self, prompt: Prompt, record: Record) -> None:
-        self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt)), record)
+    def close(self) -> None:
+        """Free the model."""
+        self._llm.close()

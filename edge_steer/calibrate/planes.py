@@ -21,6 +21,7 @@ from edge_steer.sites import Site
 
 Mask = Literal["site", "layer", "all"]
 MASKS: tuple[Mask, ...] = get_args(Mask)
+SHARED_DEPTH = 0.7
 
 
 def best_direction(unit: Float64) -> int:
@@ -44,6 +45,11 @@ def global_plane(unit: Float64) -> Float64:
         raise SteerError(
             f"expected directions that span a plane, got {len(unit)} that do not ({error}); use --plane local"
         ) from None
+
+
+def reference_site(sites: Sequence[Site], block_count: int) -> int:
+    """Which of `sites` gives its plane to all, where they share one: that nearest to SHARED_DEPTH of the depth."""
+    return int(np.argmin([abs(site.layer - SHARED_DEPTH * block_count) for site in sites]))
 
 
 def oriented(basis: Float64, mean: Float64) -> Float64:

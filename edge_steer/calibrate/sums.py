@@ -1,12 +1,12 @@
-"""What recording keeps of a class of prompts: sums of its activations, never the activations themselves.
+"""What recording keeps of a class of prompts: sums of its activations, and the first few activations themselves.
 
-Letters: n prompts, S sites, d model width. h: the activation of a prompt's last token at a site.
+Letters: n prompts, k of them kept, S sites, d model width. h: the activation of a prompt's last token at a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 Float64 = NDArray[np.float64]
 # Called with k after every k further prompts.
 Step = Callable[[int], None]
+# Activations kept of a class, to measure how far the classes lie apart: its error is a tenth of a standard deviation.
+KEPT = 64
+
+
+def _none() -> NDArray[np.float32]:
+    return np.zeros((0, 0, 0), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassSums:
     """Sums over the `count` prompts of one class: h (S, d) Σh, unit (S, d) Σh/‖h‖, norm (S,) Σ‖h‖, all float64.
 
+    rows: (k, S, d) float32, the activations of at most KEPT of the prompts.
     Sums of two halves of a class add up to those of the whole.
     """
 
@@ -34,6 +41,7 @@ class ClassSums:
     h: Float64
     unit: Float64
     norm: Float64
+    rows: NDArray[np.float32] = field(default_factory=_none)
 
     @classmethod
     def of(cls, rows: NDArray[np.floating[Any]]) -> ClassSums:
@@ -43,14 +51,23 @@ class ClassSums:
         # Infinity is reported where directions are made, with the name of the site.
         with np.errstate(invalid="ignore"):
             unit = np.divide(h, norm[..., None], out=np.zeros_like(h), where=norm[..., None] > 0)
-        return cls(len(h), h.sum(0), unit.sum(0), norm.sum(0))
+        return cls(len(h), h.sum(0), unit.sum(0), norm.sum(0), np.array(rows[:KEPT], np.float32))
 
     def __add__(self, other: ClassSums) -> ClassSums:
-        return ClassSums(self.count + other.count, self.h + other.h, self.unit + other.unit, self.norm + other.norm)
+        kept = np.concatenate([each for each in (self.rows, other.rows) if len(each)] or [self.rows])[:KEPT]
+        return ClassSums(
+            self.count + other.count, self.h + other.h, self.unit + other.unit, self.norm + other.norm, kept
+        )
 
     def at(self, index: NDArray[np.integer[Any]]) -> ClassSums:
         """The sums at the sites `index` only."""
-        return ClassSums(self.count, self.h[index], self.unit[index], self.norm[index])
+        rows = self.rows[:, index] if len(self.rows) else self.rows
+        return ClassSums(self.count, self.h[index], self.unit[index], self.norm[index], rows)
+
+    def centred(self, where: NDArray[np.bool_]) -> ClassSums:
+        """Σh with its mean over the d elements taken off at the sites `where`: what a LayerNorm sees of h."""
+        h = np.where(where[:, None], self.h - self.h.mean(-1, keepdims=True), self.h)
+        return ClassSums(self.count, h, self.unit, self.norm, self.rows)
 
     @property
     def mean(self) -> Float64:
@@ -78,7 +95,4 @@ class Recorder(Protocol):
         """S sites in network order."""
 
     def sums(self, prompts: Sequence[Prompt], step: Step) -> ClassSums:
-        """The sums over `prompts`, in memory O(S·d)."""
-
-    def rows(self, prompts: Sequence[Prompt], step: Step) -> Iterator[NDArray[np.float32]]:
-        """The activations (S, d) of each prompt, in the order given."""
+        """The sums over `prompts`, in memory O(S·d) with the KEPT activations."""

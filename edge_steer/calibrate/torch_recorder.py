@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.calibrate.sums import ClassSums, Step
+from edge_steer.calibrate.sums import KEPT, ClassSums, Step
 from edge_steer.contrast import ChatTemplate, Prompt
 from edge_steer.errors import SteerError
 from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture, site_of_module
@@ -110,14 +110,12 @@ class TorchRecorder:
 
     def sums(self, prompts: Sequence[Prompt], step: Step) -> ClassSums:
         """The sums over `prompts`, run in batches of similar length."""
-        tokens = sorted(map(self._tokens, prompts), key=len, reverse=True)
+        tokens = list(map(self._tokens, prompts))
+        # The kept ones first: sorted by length, the longest would be kept.
+        order = sorted(range(len(tokens)), key=lambda number: (number >= KEPT, -len(tokens[number])))
         none = np.zeros((0, len(self.sites), self.base.embedding_length))
-        return sum(map(ClassSums.of, self._batches(tokens, step)), start=ClassSums.of(none))
-
-    def rows(self, prompts: Sequence[Prompt], step: Step) -> Iterator[NDArray[np.float32]]:
-        """The activations (S, d) of each prompt, in the order given."""
-        for batch in self._batches(list(map(self._tokens, prompts)), step):
-            yield from batch
+        batches = self._batches([tokens[number] for number in order], step)
+        return sum(map(ClassSums.of, batches), start=ClassSums.of(none))
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         text = self.template.prompt_text(prompt)
