@@ -10,7 +10,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from edge_steer.converters.same_tokens import demand_same_tokens
 from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export import ggml
-from edge_steer.export.baked import baker
+from edge_steer.export.folding import EMBEDDING, HEAD, Changes, folding
+from edge_steer.export.readers import linear_actions
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.sites import architecture
 from edge_steer.steering import BaseModel, Steering, metadata
@@ -47,8 +48,6 @@ TYPES = {
     "f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16, "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }  # fmt: skip
-# A block of rows (k, d) float32 of the weight called so in GGUF, to what is written in its place.
-Transform = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
 # Left behind by older files, computed anew by every engine; and the half of a multimodal model that reads images.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*")
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.*)")
@@ -215,7 +214,7 @@ def write(
     *,
     type: str | None = None,
     quantize: str | None = None,
-    transform: Transform | None = None,
+    changes: Changes | None = None,
     embed: Sequence[Steering] = (),
     threads: int | None = None,
     force: bool = False,
@@ -225,7 +224,7 @@ def write(
 
     type:      one of TYPES; with `quantize` the type of the file that llama.cpp's quantizer reads. None: source.type.
     quantize:  one of quantize.FILE_TYPES, written by llama.cpp itself.
-    transform: what to put in place of each weight; it sees blocks of rows before any rounding.
+    changes:   steerings to fold into the weights before any rounding, as `baking` makes them.
     embed:     steerings to put beside the weights. threads: for the quantizer, None for all.
     Raises SteerError where `output` exists and `force` is not given, where llama.cpp and the tokenizer split text
     differently, or a weight does not fit the type.
@@ -247,7 +246,7 @@ def write(
         _write_file(first, source, kind, extra, {})
         demand_same_tokens(first, source.vocabulary)
         with progress("writing", len(source.weights)) as step:
-            _write_file(first if quantize else part, source, kind, extra, source.weights, transform, step)
+            _write_file(first if quantize else part, source, kind, extra, source.weights, changes, step)
         if quantize:
             with progress(f"quantizing to {quantize}", len(source.weights)) as step:
                 quantize_file(first, part, quantize, threads=threads, step=step)
@@ -258,31 +257,27 @@ def _note(warning: str | None) -> None:
         warnings.warn(warning, stacklevel=3)
 
 
-def convert(
-    directory: str | Path,
-    output: str | Path,
-    *,
-    pre: str | None = None,
-    steering: Sequence[tuple[Steering, float | None]] = (),
-    **options: Any,
-) -> Source:
-    """`read` and `write` in one, each (steering, dial) turned into the weights that read it. `options` as for `write`.
+def baking(source: Source, steering: Sequence[tuple[Steering, float | None]]) -> tuple[Source, Changes | None]:
+    """The source and what `write` needs to turn each (steering, dial) into its weights; None where none is on.
 
-    Raises what those raise, and SteerError where a steering does not fit the model or cannot be exact in weights.
+    Where the head is the embedding and is turned, the source returned has it as a weight of its own.
     """
-    source = read(directory, pre=pre)
-    write(source, output, transform=baking(source, steering), **options)
-    return source
-
-
-def baking(source: Source, steering: Sequence[tuple[Steering, float | None]]) -> Transform | None:
-    """What `write` needs to turn each (steering, dial) into the weights of `source`; None where none is on."""
     for each, _ in steering:
         _note(each.check_fits(source.base))
-    on = [(each, dial) for each, dial in steering if each.action(dial) is not None]
-    if not on:
-        return None
-    return baker(on, architecture(source.family.arch), source.weights)
+    dialled = [(each, dial) for each, dial in steering if each.action(dial) is not None]
+    if not dialled:
+        return source, None
+    on, actions = linear_actions(dialled)
+
+    def vector(name: str) -> NDArray[np.float64]:
+        return np.concatenate([rows.ravel() for rows in source.weights[name].rows()]).astype(np.float64)
+
+    folded = folding(on, architecture(source.family.arch), source.weights, vector)
+    if folded.untied:
+        if source.family.tied_only:
+            raise SteerError(f"llama.cpp's {source.family.arch} has no head of its own, so nothing is turned before it")
+        source = replace(source, weights={**source.weights, HEAD: source.weights[EMBEDDING]})
+    return source, Changes(folded, actions, vector)
 
 
 def _type_of(name: str, weight: Weight, kind: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -298,7 +293,7 @@ def _write_file(
     kind: GGMLQuantizationType,
     extra: Mapping[str, Any],
     weights: Mapping[str, Weight],
-    transform: Transform | None = None,
+    changes: Changes | None = None,
     step: Callable[[int], None] = lambda steps: None,
 ) -> None:
     writer = GGUFWriter(path, source.family.arch)
@@ -322,7 +317,7 @@ def _write_file(
         out = writer.fout[0]
         writer.write_padding(out, out.tell())
         for name, weight in weights.items():
-            for block_of_rows in _encoded(name, weight, types[name], transform):
+            for block_of_rows in _encoded(name, weight, types[name], changes):
                 out.write(block_of_rows.data)
             writer.write_padding(out, out.tell())
             step(1)
@@ -331,10 +326,9 @@ def _write_file(
 
 
 def _encoded(
-    name: str, weight: Weight, kind: GGMLQuantizationType, transform: Transform | None
+    name: str, weight: Weight, kind: GGMLQuantizationType, changes: Changes | None
 ) -> Iterator[NDArray[Any]]:
-    for rows in weight.rows():
-        turned = rows if transform is None else transform(name, rows)
+    for turned in weight.rows() if changes is None or name not in changes else changes.rows(name, weight.rows):
         if not np.isfinite(turned).all():
             raise FormatError(f"{name}: expected numbers, got NaN or infinity; is the checkpoint whole?")
         if kind == GGMLQuantizationType.F16 and float(np.abs(turned).max()) > float(np.finfo(np.float16).max):

@@ -15,13 +15,18 @@ from typing import Any
 from edge_steer.errors import SteerError, shown
 
 # Kinds of site in the order in which a token meets them within one block.
-KINDS = ("attn_norm", "attn_norm_2", "attn_post_norm", "ffn_norm", "ffn_post_norm", "layer_out")
+KINDS = ("attn_norm", "attn_norm_2", "attn_post_norm", "ffn_norm", "ffn_post_norm", "layer_out", "output_norm")
 PRE_KINDS = ("attn_norm", "attn_norm_2", "ffn_norm")
+# Behind a block: the residual stream itself, and the norm between the last block and the head.
+OUTER_KINDS = ("layer_out", "output_norm")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One site: `kind` (one of KINDS) in block `layer`, from 0. Written `blk.20.attn_norm`; sorts in network order."""
+    """One site: `kind` (one of KINDS) in block `layer`, from 0. Written `blk.20.attn_norm`; sorts in network order.
+
+    `output_norm`, the norm before the head, counts to the last block.
+    """
 
     layer: int
     kind: str
@@ -51,8 +56,8 @@ class SiteKind:
 
     tensor:  llama.cpp graph node, without its `-{layer}`.
     module:  submodule of the Hugging Face layer; empty for the layer itself.
-    readers: GGUF weights of the block that may read it (those that the file holds, do). Empty: none, it writes to
-             the residual stream. None: not known, so nothing can be exported exactly.
+    readers: GGUF weights of the block that may read it (those that the file holds, do), of `output_norm` the head.
+             Empty: none, it writes to the residual stream. None: not known, so nothing can be exported exactly.
     """
 
     tensor: str
@@ -81,27 +86,24 @@ class Architecture:
     tied_only: bool = False
 
     def kinds_for(self, choice: str) -> tuple[str, ...]:
-        """Kinds meant by `--sites`: `pre` (before each half), `all`, or a comma-separated list of kinds."""
-        if choice == "pre":
-            wanted: Sequence[str] = [kind for kind in PRE_KINDS if kind in self.kinds]
-            wanted = wanted or [kind for kind in self.kinds if kind != "layer_out"]
-        elif choice == "all":
-            wanted = [kind for kind in self.kinds if kind != "layer_out"]
-        else:
-            wanted = [kind.strip() for kind in choice.split(",")]
+        """Kinds meant by `--sites`: `pre` (before each half), `norms` (those and the one before the head), `all` (every
+        norm of a block), or a comma-separated list of kinds."""
+        pre = [kind for kind in PRE_KINDS if kind in self.kinds]
+        inner = [kind for kind in self.kinds if kind not in OUTER_KINDS]
+        known = {"pre": pre or inner, "norms": [*(pre or inner), "output_norm"], "all": inner}
+        wanted: Sequence[str] = known[choice] if choice in known else [kind.strip() for kind in choice.split(",")]
         for kind in wanted:
             if kind not in self.kinds:
-                known = ", ".join(self.kinds)
-                raise SteerError(f"expected sites among pre, all, {known} for architecture {self.name}, got {kind!r}")
+                names = ", ".join([*known, *self.kinds])
+                raise SteerError(f"expected sites among {names} for architecture {self.name}, got {kind!r}")
         return tuple(kind for kind in KINDS if kind in wanted)
 
     def sites(self, block_count: int, choice: str = "pre") -> tuple[Site, ...]:
         """Every site of `choice` in a model of `block_count` blocks, in network order."""
         kinds = self.kinds_for(choice)
         # llama.cpp's control vectors, the form of `layer_out` that others run, know no block 0.
-        return tuple(
-            Site(layer, kind) for layer in range(block_count) for kind in kinds if layer > 0 or kind != "layer_out"
-        )
+        first, last = {"layer_out": 1, "output_norm": block_count - 1}, block_count - 1
+        return tuple(Site(layer, kind) for layer in range(last + 1) for kind in kinds if layer >= first.get(kind, 0))
 
     @property
     def post_norms(self) -> tuple[str, ...]:
@@ -114,11 +116,14 @@ class Architecture:
         return next((kind for kind in ("attn_norm_2", "attn_norm") if kind in self.kinds), None)
 
     def tensor(self, site: Site) -> str:
-        """Name of the site's node in llama.cpp's graph, such as `attn_norm-20`."""
-        return f"{self.kinds[site.kind].tensor}-{site.layer}"
+        """Name of the site's node in llama.cpp's graph, such as `attn_norm-20`; the last norm's has no number."""
+        tensor = self.kinds[site.kind].tensor
+        return tensor if site.kind == "output_norm" else f"{tensor}-{site.layer}"
 
     def module(self, site: Site) -> str:
         """Dotted path of the site's module in the Hugging Face model."""
+        if site.kind == "output_norm":
+            return self.final_norm
         return f"{self.layers}.{site.layer}.{self.kinds[site.kind].module}".rstrip(".")
 
     def readers(self, site: Site, tensors: Iterable[str]) -> tuple[str, ...]:
@@ -132,6 +137,8 @@ class Architecture:
             raise SteerError(f"the weights that read {site} in architecture {self.name} are not known; use the hook")
         if not suffixes:
             raise SteerError(f"{site} writes to the residual stream, no single weight reads it; use the hook")
+        if site.kind == "output_norm":
+            return ("output.weight",)  # where the file has none, the embedding serves as one
         present = set(tensors)
         found = tuple(name for suffix in suffixes if (name := f"blk.{site.layer}.{suffix}.weight") in present)
         if not found:
@@ -145,7 +152,8 @@ _FEED_FORWARD = (
     "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps",
     "ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp",
 )  # fmt: skip
-_OUT = SiteKind("l_out", "", ())
+_OUTER = {"layer_out": SiteKind("l_out", "", ()), "output_norm": SiteKind("result_norm", "", ("output",))}
+_OUTER_UNKNOWN = {**_OUTER, "output_norm": SiteKind("result_norm", "", None)}
 
 
 def _pre_norm(name: str, *, known: bool = True) -> Architecture:
@@ -155,7 +163,7 @@ def _pre_norm(name: str, *, known: bool = True) -> Architecture:
         {
             "attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION if known else None),
             "ffn_norm": SiteKind("ffn_norm", "post_attention_layernorm", _FEED_FORWARD if known else None),
-            "layer_out": _OUT,
+            **(_OUTER if known else _OUTER_UNKNOWN),
         },
     )
 
@@ -169,14 +177,14 @@ def _sandwich_norm(name: str, *, known: bool = True) -> Architecture:
             "attn_post_norm": SiteKind("attn_post_norm", "post_attention_layernorm", ()),
             "ffn_norm": SiteKind("ffn_norm", "pre_feedforward_layernorm", _FEED_FORWARD if known else None),
             "ffn_post_norm": SiteKind("ffn_post_norm", "post_feedforward_layernorm", ()),
-            "layer_out": _OUT,
+            **(_OUTER if known else _OUTER_UNKNOWN),
         },
     )
 
 
 def _one_norm(name: str, module: str = "input_layernorm", **more: Any) -> Architecture:
     """One norm that both halves read: Phi-2, Command-R, Falcon-7B."""
-    kinds = {"attn_norm": SiteKind("attn_norm", module, _ATTENTION + _FEED_FORWARD), "layer_out": _OUT}
+    kinds = {"attn_norm": SiteKind("attn_norm", module, _ATTENTION + _FEED_FORWARD), **_OUTER}
     return Architecture(name, kinds, layer_norm=True, **more)
 
 
@@ -197,7 +205,7 @@ def _falcon(two_norms: bool = False) -> Architecture:
     kinds = {
         "attn_norm": SiteKind("attn_norm", "ln_mlp", _FEED_FORWARD),
         "attn_norm_2": SiteKind("attn_norm_2", "ln_attn", _ATTENTION),
-        "layer_out": _OUT,
+        **_OUTER,
     }
     return replace(one, kinds=kinds)
 
@@ -254,15 +262,19 @@ def architecture(name: str, tensors: Iterable[str] = ()) -> Architecture:
         raise SteerError(f"the sites of architecture {shown(name)} are not known; known: {known}") from None
 
 
-def site_of_module(architecture: Architecture, module: str) -> Site | None:
+def site_of_module(architecture: Architecture, module: str, block_count: int | None = None) -> Site | None:
     """The site that the Hugging Face module called `module` is in `architecture`, None where it is none.
+
+    block_count: of the model; without it the norm before the head is none.
 
     The language model of a multimodal one counts as the model: `model.language_model.layers.3.input_layernorm`.
     """
     plain = module.replace("language_model.", "")
+    if plain == architecture.final_norm and block_count is not None:
+        return Site(block_count - 1, "output_norm")
     match = re.fullmatch(rf"{re.escape(architecture.layers)}\.(0|[1-9][0-9]{{0,5}})(?:\.(.+))?", plain)
     if match is None:
         return None
-    kinds = {kind.module: name for name, kind in architecture.kinds.items()}
+    kinds = {kind.module: name for name, kind in architecture.kinds.items() if name != "output_norm"}
     kind = kinds.get(match[2] or "")
     return Site(int(match[1]), kind) if kind else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import numpy as np
 import tiny
 from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors.torch import load_file, save_file
+
+from edge_steer.converters.convert import Source, baking, read, write
+from edge_steer.steering import Steering
 
 TOKENS = [256, *range(30, 90)]
 
@@ -29,6 +32,16 @@ def directory_of(gguf: Path, folder: Path, dtype: str) -> Path:
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
     return folder
+
+
+def convert(
+    directory: Path, output: Path, *, pre: str | None = None,
+    steering: Sequence[tuple[Steering, float | None]] = (), **options: Any,
+) -> Source:
+    """`read` and `write` in one, with steerings folded in."""
+    source, changes = baking(read(directory, pre=pre), steering)
+    write(source, output, changes=changes, **options)
+    return source
 
 
 def edit(path: Path, change: Callable[[Any], object]) -> None:

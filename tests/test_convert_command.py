@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 
 import tiny
 from directories import (
+    convert,
     TOKENS,
     divergence,
     edit,
@@ -31,7 +32,7 @@ from planted import DIAL, random_steering
 from safetensors.torch import load_file, save_file
 
 from edge_steer.cli.main import main
-from edge_steer.converters.convert import convert, read, write
+from edge_steer.converters.convert import read, write
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
 from edge_steer.sites import architecture

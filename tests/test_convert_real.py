@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from directories import directory_of, divergence, llama_logits, open_llama, tensors, values  # noqa: E402
 
 from edge_steer.contrast import neutral_passages  # noqa: E402
-from edge_steer.converters.convert import convert  # noqa: E402
+from directories import convert  # noqa: E402
 from edge_steer.converters.same_tokens import TEXT  # noqa: E402
 from edge_steer.gguf_metadata import read_gguf  # noqa: E402
 

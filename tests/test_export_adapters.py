@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from exports import ANGLES, TOKENS, assert_same, hook_logits, plain_logits, steering_for, tinies
 
-from edge_steer.export.lora import at_actions, export_adapter, export_pair, live_adapter, products, write_adapter
+from edge_steer.export.folding import core_at
+from edge_steer.export.lora import export_adapter, export_pair, live_adapter, products, write_adapter
 from edge_steer.export.lora_notes import scales
 from edge_steer.export.peft import export_peft
 from edge_steer.model_file import read_model
@@ -63,7 +64,7 @@ def test_products_give_an_adapter_at_every_dial(tinies: dict[str, Any], tmp_path
     for dials in ((20.0, None), (None, 1.0), (-170.0, 1.0)):
         actions = [steering.action(dial) for steering, dial in zip(steerings, dials, strict=True)]
         path = tmp_path / "live.gguf"
-        write_adapter(path, made, at_actions(made, actions))
+        write_adapter(path, made, core_at(actions))
         hook = hook_logits(gguf, list(zip(steerings, dials, strict=True)))
         assert_same(plain_logits(gguf, [(path, 1.0)]), hook)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from planted import random_steering
 
 from edge_steer.errors import SteerError
-from edge_steer.export.factors import action_core, factor_at
+from edge_steer.export.factors import action_core, stack_at, stack_of
+from edge_steer.export.folding import Reads
 from edge_steer.rotation import Ablate, Add, TurnBy, TurnTo
 from edge_steer.sites import Site
 from edge_steer.steering import BaseModel, Operator
@@ -30,25 +31,38 @@ def test_the_factor_is_the_operators_one_after_another(dials: list[float | str |
     for steering, action in zip(steerings, actions, strict=True):
         if action is not None:
             expected = action(expected, steering.basis_at(SITES[1]).astype(np.float64))
-    factor = factor_at(SITES[1], steerings, actions)
-    assert np.abs(h + h @ factor.span.T @ factor.core.T @ factor.span - expected).max() < 1e-12
-    assert len(factor.span) == sum(1 if op == "ablation" else 2 for op in operators)
+    stack = stack_at(SITES[1], steerings)
+    assert np.abs(h + h @ stack.span.T @ stack.core(actions).T @ stack.span - expected).max() < 1e-12
+    assert len(stack.span) == sum(1 if op == "ablation" else 2 for op in operators)
+
+
+def test_a_plane_that_turns_several_times_stands_in_the_span_once() -> None:
+    one, two = random_steering(BASE, SITES, name="a"), random_steering(BASE, SITES, name="b", seed=1)
+    a, b = one.basis_at(SITES[0]), two.basis_at(SITES[0])
+    stack = stack_of([(0, a), (1, b), (0, a), (0, a)])
+    assert stack.span.shape == (4, 48)
+    h = np.random.default_rng(0).standard_normal((5, 48))
+    expected = h
+    for action, basis in ((TurnBy(9), a), (TurnBy(-4), b), (TurnBy(9), a), (TurnBy(9), a)):
+        expected = action(expected, basis.astype(np.float64))
+    turned = h + h @ stack.span.T @ stack.core([TurnBy(9), TurnBy(-4)]).T @ stack.span
+    assert np.abs(turned - expected).max() < 1e-12
 
 
 def test_a_weight_turned_then_read_is_the_activation_turned_then_read() -> None:
     steering = random_steering(BASE, SITES)
     rng = np.random.default_rng(1)
     w, h = rng.standard_normal((2, 7, 48)).astype(np.float32), rng.standard_normal((5, 48)).astype(np.float32)
-    turned = factor_at(SITES[0], [steering], [TurnBy(40)]).turn(w)
+    turned = Reads(stack_at(SITES[0], [steering])).factor([TurnBy(40)]).turn(w)
     action = TurnBy(40)(h.astype(np.float64), steering.basis_at(SITES[0]).astype(np.float64))
     assert np.abs(h @ turned.swapaxes(1, 2) - action @ w.swapaxes(1, 2)).max() < 1e-5
 
 
 def test_a_steering_that_is_off_keeps_its_place() -> None:
     one, two = random_steering(BASE, SITES, name="a"), random_steering(BASE, SITES, name="b", seed=1)
-    both, first = (factor_at(SITES[0], [one, two], [TurnBy(9), second]) for second in (TurnBy(5), None))
-    assert (both.span == first.span).all()
-    assert not first.core[2:].any()
+    stack = stack_at(SITES[0], [one, two])
+    assert stack.core([TurnBy(9), TurnBy(5)])[2:].any()
+    assert not stack.core([TurnBy(9), None])[2:].any()
 
 
 @pytest.mark.parametrize("action", [TurnTo(4), Add(1)])

@@ -11,7 +11,8 @@ from exports import steering_for, tinies
 from planted import DIAL, random_steering
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
-from edge_steer.export.baked import bake_gguf, baker
+from edge_steer.export.baked import bake_gguf
+from edge_steer.export.folding import folding
 from edge_steer.export.control_vector import control_vector
 from edge_steer.export.embedded import embed
 from edge_steer.export.hf import bake_hf
@@ -68,6 +69,10 @@ def test_a_steering_for_another_model(tinies: dict[str, Any], tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def no_norm(name: str) -> Any:
+    raise AssertionError(f"{name} is not to be read")
+
+
 @pytest.mark.parametrize(
     ("missing", "extra", "reason"),
     [
@@ -84,13 +89,13 @@ def test_readers_that_are_not_all_known(
     path = tinies["mixtral"].gguf_path
     names = {tensor.name for tensor in read_model(path).tensors} - {missing} | ({extra} if extra else set())
     with pytest.raises(SteerError, match=reason):
-        baker([(steering_for(path), 8)], architecture("llama"), names)
+        folding([steering_for(path)], architecture("llama"), names, no_norm)
 
 
 def test_an_architecture_whose_readers_are_not_known(tinies: dict[str, Any]) -> None:
     names = [tensor.name for tensor in read_model(tinies["llama"].gguf_path).tensors]
     with pytest.raises(SteerError, match=r"read blk\.0\.attn_norm in architecture granite are not known"):
-        baker([(steering_for(tinies["llama"].gguf_path), 8)], architecture("granite"), names)
+        folding([steering_for(tinies["llama"].gguf_path)], architecture("granite"), names, no_norm)
 
 
 def test_a_checkpoint_without_one_of_its_experts(tinies: dict[str, Any], tmp_path: Path) -> None:

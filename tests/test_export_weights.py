@@ -14,13 +14,15 @@ from exports import ANGLES, TOKENS, assert_same, hook_logits, kl, plain_logits, 
 
 from edge_steer.errors import SteerError
 from edge_steer.export import ggml
-from edge_steer.export.baked import bake_gguf, baker
-from edge_steer.export.factors import factor_at
+from edge_steer.export.baked import bake_gguf
+from edge_steer.export.factors import stack_at
+from edge_steer.export.folding import Changes, Reads, fold_gguf
 from edge_steer.export.gguf_bytes import map_model
 from edge_steer.export.hf import bake_hf
 from edge_steer.export.hf_weights import from_float32, to_float32
 from edge_steer.model_file import ModelFile, read_model
-from edge_steer.sites import Site, architecture
+from edge_steer.rotation import TurnBy
+from edge_steer.sites import Site
 
 FAMILIES = ["gemma2", "gemma3", "llama", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3"]
 __all__ = ["tinies"]
@@ -178,7 +180,9 @@ def test_shards_keep_their_index_and_types(tinies: dict[str, Any], dtype: str, t
     assert {path.name for path in out.iterdir()} == names - {"pytorch_model.bin"}
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
-    factors = {layer: factor_at(Site(layer, "attn_norm"), [steering], [steering.action(30)]) for layer in range(3)}
+    factors = {
+        layer: Reads(stack_at(Site(layer, "attn_norm"), [steering])).factor([steering.action(30)]) for layer in range(3)
+    }
     for name, shard in index["weight_map"].items():
         with safe_open(source / shard, "pt") as old, safe_open(out / shard, "pt") as new:
             before, after = old.get_tensor(name), new.get_tensor(name)
@@ -190,14 +194,12 @@ def test_shards_keep_their_index_and_types(tinies: dict[str, Any], dtype: str, t
             assert (after == before).all()
 
 
-def test_the_baker_turns_experts_rows_and_leaves_the_rest(tinies: dict[str, Any]) -> None:
-    model = read_model(tinies["mixtral"].gguf_path)
-    names = [tensor.name for tensor in model.tensors]
-    steering = steering_for(model.path)
-    bake = baker([(steering, 30)], architecture(model.architecture, names), names)
-    weight = np.random.default_rng(0).standard_normal((4, 6, 64)).astype(np.float32)
-    assert bake("blk.0.ffn_down_exps.weight", weight) is weight
-    turned = bake("blk.0.ffn_up_exps.weight", weight)
+def test_a_folding_turns_experts_rows_and_leaves_the_rest(tinies: dict[str, Any]) -> None:
+    source = map_model(read_model(tinies["mixtral"].gguf_path))
+    steering = steering_for(source.model.path)
+    changes = Changes(fold_gguf([steering], source), [TurnBy(30.0)], source.vector)
+    weight = np.random.default_rng(0).standard_normal((24, 64)).astype(np.float32)
+    assert "blk.0.ffn_down_exps.weight" not in changes
+    turned = np.concatenate(list(changes.rows("blk.0.ffn_up_exps.weight", lambda: iter([weight[:7], weight[7:]]))))
     assert turned.dtype == np.float32
     assert np.abs(np.linalg.norm(turned, axis=-1) - np.linalg.norm(weight, axis=-1)).max() < 1e-4
-    assert (bake("blk.0.ffn_up_exps.weight", weight[1]) == turned[1]).all()

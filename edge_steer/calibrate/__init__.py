@@ -29,7 +29,7 @@ from edge_steer.calibrate.planes import (
 )
 from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.errors import SteerError
-from edge_steer.sites import ARCHITECTURES, Site
+from edge_steer.sites import ARCHITECTURES, OUTER_KINDS, Site
 from edge_steer.steering import OPERATORS, PLANES, RANK, Made, Operator, Plane, Steering
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def calibrate(
     mask: None is `all`, as measured best, but `layer` for the global plane, as published with `selective`.
     kinds: of the recorded sites, those to calibrate. None: the norms that attention reads; with the global plane all
     norms, as published.
-    layers: first and last block of those sites. None: all, of `layer_out` the upper half.
+    layers: first and last block of those sites. None: all, but the upper half with `layer_out` or `output_norm`.
     orthogonal_to: prompts or steerings whose own directions are projected out of these.
     name: None is the name of the prompts. step: called with k after every k further prompts, `passes(…)` in all.
     note: called with a line for each site that is left out.
@@ -170,7 +170,7 @@ def chosen_sites(
     there = {site.kind for site in recorder.sites}
     if kinds is None:
         attention = next((kind for kind in ("attn_norm_2", "attn_norm") if kind in there), None)
-        kinds = {attention} if attention and plane != "global" else there - {"layer_out"} or there
+        kinds = {attention} if attention and plane != "global" else there - set(OUTER_KINDS) or there
     of_kind = [number for number, site in enumerate(recorder.sites) if site.kind in kinds]
     if not of_kind:
         raise SteerError(f"expected a recorded site of kind {', '.join(kinds) or '(none)'}, got none")
@@ -179,7 +179,7 @@ def chosen_sites(
     if plane == "local" and "layer_out" in kinds and len(kinds) > 1:
         raise SteerError("expected layer_out alone, or norms: one dial does not suit both; calibrate two steerings")
     count = recorder.base.block_count
-    first, last = layers if layers is not None else (count // 2 if set(kinds) == {"layer_out"} else 0, count - 1)
+    first, last = layers if layers is not None else (count // 2 if set(kinds) & set(OUTER_KINDS) else 0, count - 1)
     chosen = [number for number in of_kind if first <= recorder.sites[number].layer <= last]
     if not chosen:
         blocks = sorted({recorder.sites[number].layer for number in of_kind})

@@ -99,7 +99,7 @@ class TorchRecorder:
             model,
             tokenizer,
             ChatTemplate.from_tokenizer(tokenizer),
-            _site_modules(known, wanted, modules),
+            _site_modules(known, wanted, modules, blocks),
             batch_size,
         )
 
@@ -220,11 +220,13 @@ def _device(torch: Any, device: str) -> str:
     return device
 
 
-def _site_modules(known: Architecture, sites: Sequence[Site], modules: dict[str, Any]) -> tuple[Any, ...]:
+def _site_modules(
+    known: Architecture, sites: Sequence[Site], modules: dict[str, Any], block_count: int
+) -> tuple[Any, ...]:
     """The one module of each site, among all `modules` of a model by name."""
     found: dict[Site, list[str]] = {}
     for name in modules:
-        site = site_of_module(known, name)
+        site = site_of_module(known, name, block_count)
         if site is not None:
             found.setdefault(site, []).append(name)
     for site in sites:

@@ -54,9 +54,10 @@ def convert(
     steerings, dials = named_steerings(steering)
     source = read(directory, pre=pre)
     dialled = [(each, dials[each.name]) for each in steerings]
+    source, changes = (source, None) if embed else baking(source, dialled)
     write(
         source, target, type=kind, quantize=quantize, threads=threads, force=force, progress=bar,
-        transform=None if embed else baking(source, dialled),
+        changes=changes,
         embed=[each.with_(angle=dial) if dial is not None else each for each, dial in dialled] if embed else (),
     )  # fmt: skip
     how = quantize or kind or source.type

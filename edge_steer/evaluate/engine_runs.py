@@ -110,7 +110,11 @@ class Bench:
 
 def undoing(on: Sequence[Dialled]) -> list[Dialled]:
     """The steerings that turn back what `on` turned; none where one of them cannot be undone."""
-    if any(steering.operator != "selective" for steering, _ in on):
+    in_stream = [{basis.tobytes() for basis in map(steering.basis_at, steering.steered)} for steering, _ in on
+                 if any(site.kind == "layer_out" for site in steering.steered)]  # fmt: skip
+    # In turned coordinates only turns of one plane are undone where they were done.
+    several = len(in_stream) > 1 or any(len(planes) > 1 for planes in in_stream)
+    if several or any(steering.operator != "selective" for steering, _ in on):
         return []
     return [(steering, -dial) for steering, dial in reversed(on) if dial is not None]
 

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.evaluate.engine_runs import Bench, Logits, identity, undoing
 from edge_steer.export import ggml
-from edge_steer.export.gguf_bytes import size_of
+from edge_steer.export.folding import EMBEDDING, check_adapter, fold_gguf
+from edge_steer.export.gguf_bytes import map_model, size_of
 from edge_steer.export.progress import Progress, no_progress
-from edge_steer.export.readers import Dialled, check_model, linear_actions
+from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.gguf_metadata import TensorInfo
 from edge_steer.model_file import ModelFile, read_model
-from edge_steer.sites import architecture
 
 _LARGEST_F32 = 4 << 30  # bytes of steered weights beyond which they are not written out as F32
 _OTHER_MODEL = 1.0  # unsteered KL beyond which a directory is not what a GGUF was made from
@@ -142,17 +142,19 @@ def verify(
     for steering, _ in on:
         steering.check_fits(model.base)
     notes: list[str] = []
-    readers, reason = _readers(model, on)
+    readers, no_adapter, reason = _changed(model, on)
     if reason and hf is None:
         raise SteerError(f"nothing to compare the hook with: {reason}; give --hf DIR for transformers")
     if reason:
         notes.append(f"no adapter and no baked weights: {reason}")
+    if no_adapter:
+        notes.append(f"no adapter: {no_adapter}")
     quantized = any(ggml.is_quantized(tensor.type) for tensor in readers)
     as_f32 = quantized and sum(4 * int(np.prod(tensor.shape)) for tensor in readers) <= _LARGEST_F32
     if quantized and not as_f32:
         notes.append("the baked weights were not compared as F32, in which they would be too large")
 
-    total = 2 + 2 * (not reason) + 2 * as_f32 + 2 * (hf is not None)
+    total = 2 + (not reason) + (not reason and not no_adapter) + 2 * as_f32 + 2 * (hf is not None)
     runs: dict[str, _Run] = {}
     rounding: dict[str, float] = {}
     with (
@@ -169,7 +171,8 @@ def verify(
         runs["hook"] = _Run(done(bench.run("hook", on)), plain, plain)
         noise = None
         if not reason:
-            runs["lora"] = _Run(done(bench.run("lora", on)), plain, plain)
+            if not no_adapter:
+                runs["lora"] = _Run(done(bench.run("lora", on)), plain, plain)
             # Undone by the hook, quantized weights are those of the model but for their second rounding. Where nothing
             # is quantized there is none to speak of, and the unsteered model says more: it does not hang on the bake.
             baked = bench.run_baked(on, back=undoing(on) if quantized else ())
@@ -249,18 +252,20 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def _readers(model: ModelFile, on: Sequence[Dialled]) -> tuple[list[TensorInfo], str]:
-    """The weights that read a steered site; or none, and the reason why weights cannot do these steerings."""
+def _changed(model: ModelFile, on: Sequence[Dialled]) -> tuple[list[TensorInfo], str, str]:
+    """The weights that the steerings change; or none, and the reason why weights cannot do these steerings."""
     try:
         linear_actions(on)
-        names = check_model(
-            [steering for steering, _ in on],
-            model,
-            architecture(model.architecture, [tensor.name for tensor in model.tensors]),
-        )
+        folded = fold_gguf([steering for steering, _ in on], map_model(model))
     except SteerError as error:
-        return [], str(error)
-    return [tensor for tensor in model.tensors if tensor.name in names], ""
+        return [], "", str(error)
+    no_adapter = ""
+    try:
+        check_adapter(folded)
+    except SteerError as error:
+        no_adapter = str(error)
+    heads = {EMBEDDING} if folded.untied else set()
+    return [tensor for tensor in model.tensors if tensor.name in {*folded.weights, *heads}], no_adapter, ""
 
 
 def _weights(model: ModelFile) -> tuple[str, str]:

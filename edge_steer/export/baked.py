@@ -1,4 +1,4 @@
-"""Steerings folded into weights: W′ = W R(θ) in every weight that reads a steered site, all else byte for byte.
+"""Steerings folded into a GGUF's weights: every tensor that the folding changes is written anew, all else byte for byte.
 
 A quantized weight is written back in its own type by llama.cpp's quantizer, which rounds it a second time; the report
 says by how much.
@@ -7,8 +7,9 @@ says by how much.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,43 +18,26 @@ from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
 from edge_steer.export import ggml
-from edge_steer.export.factors import Factor, factor_at
-from edge_steer.export.gguf_bytes import Mapped, copy_bytes, head, map_model, retyped, size_of
+from edge_steer.export.folding import EMBEDDING, HEAD, Changes, fold_gguf
+from edge_steer.export.gguf_bytes import copy_bytes, head, map_model, retyped, size_of
 from edge_steer.export.progress import Progress, no_progress
-from edge_steer.export.readers import Dialled, check_model, linear_actions, steered_readers
+from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.gguf_metadata import TensorInfo
 from edge_steer.model_file import read_model
-from edge_steer.sites import Architecture, Site, architecture
 from edge_steer.whole_file import whole_file
-
-Baker = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Baked:
-    """What was written: how many weights were turned, and by type what rounding them cost, ‖W″ − W′‖ / ‖W′‖."""
+    """What was written: how many weights were turned, and by type what rounding them cost, ‖W″ − W′‖ / ‖W′‖.
+
+    untied: the head was the embedding, and is a weight of its own now.
+    """
 
     path: Path
     weights: int
     rounding: dict[str, float]
-
-
-def baker(steerings: Sequence[Dialled], architecture: Architecture, tensor_names: Collection[str]) -> Baker:
-    """A function that turns a model's weights one by one: (GGUF name, W (…, d) float32) → W R float32.
-
-    It returns those that read no steered site as they are. Several steerings act one after another.
-    Raises SteerError where the steerings cannot be exact in these weights.
-    """
-    on, _ = linear_actions(steerings)
-    factors = weight_factors(steerings, steered_readers(on, architecture, tensor_names))
-    return lambda name, weight: factors[name].turn(weight) if name in factors else weight
-
-
-def weight_factors(steerings: Sequence[Dialled], readers: dict[str, Site]) -> dict[str, Factor]:
-    """The factor with which each weight of `readers` is turned."""
-    on, actions = linear_actions(steerings)
-    at = {site: factor_at(site, on, actions) for site in set(readers.values())}
-    return {name: at[site] for name, site in readers.items()}
+    untied: bool = False
 
 
 def bake_gguf(
@@ -67,38 +51,42 @@ def bake_gguf(
 ) -> Baked:
     """Write the GGUF `model_path` with the steerings folded in to `out`, whole or not at all.
 
-    Metadata and weights that read no steered site are copied byte for byte. Steered ones keep their type, or take
+    Metadata and tensors that do not change are copied byte for byte. Steered ones keep their type, or take
     `steered_type` where theirs is a quantized one.
     Raises SteerError where the steerings cannot be exact in these weights, before anything is written.
     """
     model, out = read_model(model_path), Path(out)
-    arch = architecture(model.architecture, [tensor.name for tensor in model.tensors])
-    on, _ = linear_actions(steerings)
-    factors = weight_factors(steerings, check_model(on, model, arch))
+    on, actions = linear_actions(steerings)
     source = map_model(model)
-    wanted = None if steered_type is None else ggml.type_number(steered_type)
-    kinds = {tensor.name: _target(tensor, wanted) for tensor in model.tensors if tensor.name in factors}
-    for name, kind in kinds.items():
-        ggml.check_writable(kind, model.embedding_length, name)
-    check_not_source(model_path, out)
+    changes = Changes(fold_gguf(on, source), actions, source.vector)
+    untied = changes.folding.untied
     before = {tensor.name: tensor for tensor in model.tensors}
-    changed = any(before[name].type != kind for name, kind in kinds.items())
-    tensors = retyped(source, kinds) if changed else list(model.tensors)
+    if untied:
+        before[HEAD] = replace(before[EMBEDDING], name=HEAD)
+    wanted = None if steered_type is None else ggml.type_number(steered_type)
+    kinds = {name: _target(before[name], wanted) for name in changes.folding.parts}
+    for name, kind in kinds.items():
+        ggml.check_writable(kind, before[name].shape[0], name)
+    check_not_source(model_path, out)
+    changed = untied or any(before[name].type != kind for name, kind in kinds.items())
+    tensors = retyped(source, kinds, [before[HEAD]] if untied else []) if changed else list(model.tensors)
 
     rounding: dict[str, list[float]] = {}
-    with whole_file(out, force=force) as part, part.open("wb") as file, progress("rotating", len(factors)) as step:
+    with whole_file(out, force=force) as part, part.open("wb") as file, progress("rotating", len(changes)) as step:
         start = file.write(head(source, tensors))
         for tensor in sorted(tensors, key=lambda each: each.offset):
             file.write(bytes(start + tensor.offset - file.tell()))
-            if factor := factors.get(tensor.name):
+            old = before[tensor.name]
+            if tensor.name in changes:
                 sums = rounding.setdefault(ggml.type_name(tensor.type), [0.0, 0.0])
-                _write_turned(source, before[tensor.name], tensor.type, factor, file, sums)
+                rows = changes.rows(tensor.name, partial(source.blocks, old))
+                _write_rows(rows, tensor.type, file, sums)
                 step(1)
             else:
-                copy_bytes(source.bytes_of(before[tensor.name]), file)
+                copy_bytes(source.bytes_of(old), file)
         file.write(bytes(-file.tell() % source.alignment))
     lost = {kind: math.sqrt(error / max(size, 1e-300)) for kind, (error, size) in sorted(rounding.items())}
-    return Baked(out, len(factors), lost)
+    return Baked(out, len(changes.folding.weights), lost, untied)
 
 
 def _target(tensor: TensorInfo, wanted: int | None) -> int:
@@ -106,16 +94,13 @@ def _target(tensor: TensorInfo, wanted: int | None) -> int:
     return wanted if wanted is not None and ggml.is_quantized(tensor.type) else tensor.type
 
 
-def _write_turned(
-    source: Mapped, tensor: TensorInfo, kind: int, factor: Factor, file: BinaryIO, sums: list[float]
-) -> None:
-    """Write a weight, turned, as ggml type `kind`; adds ‖W″ − W′‖² and ‖W′‖² to `sums`."""
-    for rows in source.blocks(tensor):
-        turned = factor.turn(rows)
-        written = ggml.from_float(kind, turned)
-        sums[1] += float(np.vdot(turned, turned))
-        turned -= ggml.to_float(kind, written, turned.shape[1])
-        sums[0] += float(np.vdot(turned, turned))
+def _write_rows(blocks: Iterator[NDArray[np.float32]], kind: int, file: BinaryIO, sums: list[float]) -> None:
+    """Write rows as ggml type `kind`; adds ‖W″ − W′‖² and ‖W′‖² to `sums`."""
+    for rows in blocks:
+        written = ggml.from_float(kind, rows)
+        sums[1] += float(np.vdot(rows, rows))
+        lost = rows - ggml.to_float(kind, written, rows.shape[1])
+        sums[0] += float(np.vdot(lost, lost))
         file.write(written.data)
 
 

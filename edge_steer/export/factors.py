@@ -1,7 +1,7 @@
-"""Several linear steerings at one site as one low-rank factor: R = Rₙ…R₁ = I + SᵀGS, exactly.
+"""Several linear steerings one after another as one low-rank factor, exactly.
 
-Letters: d model width, r the sum of the steerings' ranks (2 for a rotation, 1 for an ablation). S (r, d) stacks their
-bases and does not depend on the dials; G (r, r) does, and is all that a change of dial changes.
+Letters: d model width, r rank. S (r, d) stacks the bases that turn and does not depend on the dials; G (r, r) does, and
+is all that a change of dial changes: Rₙ…R₁ = I + SᵀGS.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from numpy.typing import NDArray
 from edge_steer.errors import SteerError
 from edge_steer.rotation import Ablate, Action, TurnBy, rotation_factors
 from edge_steer.sites import Site
-from edge_steer.steering import RANK, Steering
+from edge_steer.steering import Steering
 
 Floats = NDArray[np.float64]
+Actions = Sequence[Action | None]
 
 
 @dataclass(frozen=True)
 class Factor:
-    """R − I = spanᵀ core span. span: (r, d), core: (r, r), both float64."""
+    """M = diag(scale) + leftᵀ core right. left, right: (r, d), core: (r, r), scale: (d,), None for ones; float64."""
 
-    span: Floats
+    left: Floats
     core: Floats
+    right: Floats
+    scale: Floats | None = None
 
     def turn(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Weights W R from the weights W, rows (…, d) that read the site: W + (W Sᵀ)(G S). float32."""
-        turned: NDArray[np.float32] = (rows @ self.span.T.astype(np.float32)) @ (self.core @ self.span).astype(
-            np.float32
-        )
-        turned += rows
+        """W M from the weights W, rows (…, d): (W leftᵀ)(core right) + W diag(scale). float32."""
+        low_rank = (self.core @ self.right).astype(np.float32)
+        turned: NDArray[np.float32] = (rows @ self.left.T.astype(np.float32)) @ low_rank
+        turned += rows if self.scale is None else rows * self.scale.astype(np.float32)
         return turned
 
 
@@ -51,37 +53,42 @@ def action_core(action: Action | None, rank: int) -> Floats:
 
 @dataclass(frozen=True)
 class Stack:
-    """The steerings that act at one site. members: (number of the steering, its rank), in order.
+    """Turns that follow one another. members: of each the steering's number and its rows of the span, in order.
 
-    span: S (r, d) float64. overlap: S Sᵀ (r, r).
+    span: S (r, d) float64, every plane once however often it turns. overlap: S Sᵀ (r, r).
     """
 
-    members: tuple[tuple[int, int], ...]
+    members: tuple[tuple[int, tuple[int, ...]], ...]
     span: Floats
     overlap: Floats
 
-    def core(self, actions: Sequence[Action | None]) -> Floats:
+    def core(self, actions: Actions) -> Floats:
         """G (r, r) for what each steering does, one after another; one that is off keeps its place, with zeros."""
         core = np.zeros_like(self.overlap)
-        at = 0
-        for number, rank in self.members:
-            own = slice(at, at + rank)
-            k = action_core(actions[number], rank)
-            # (I + BᵀKB)(I + SᵀGS) = I + SᵀGS + BᵀK(B + (B Sᵀ) G S)
-            core[own, :at] = k @ self.overlap[own, :at] @ core[:at, :at]
-            core[own, own] = k
-            at += rank
+        for number, rows in self.members:
+            own = list(rows)
+            # B = ES: (I + BᵀKB)(I + SᵀGS) = I + Sᵀ(G + EᵀK(E + E S Sᵀ G))S
+            after = self.overlap[own] @ core
+            after[range(len(own)), own] += 1
+            core[own] += action_core(actions[number], len(own)) @ after
         return core
+
+
+def stack_of(turns: Sequence[tuple[int, NDArray[np.float32]]]) -> Stack:
+    """The stack of turns in order, each a steering's number and its basis (rank, d)."""
+    rows: dict[bytes, int] = {}
+    members = []
+    span: list[NDArray[np.float32]] = []
+    for number, basis in turns:
+        key = basis.tobytes()
+        if key not in rows:
+            rows[key] = sum(map(len, span))
+            span.append(basis)
+        members.append((number, tuple(range(rows[key], rows[key] + len(basis)))))
+    stacked = np.concatenate(span).astype(np.float64)
+    return Stack(tuple(members), stacked, stacked @ stacked.T)
 
 
 def stack_at(site: Site, steerings: Sequence[Steering]) -> Stack:
     """The stack of those among `steerings` that act at `site`."""
-    acting = [(number, each) for number, each in enumerate(steerings) if site in each.steered]
-    span = np.concatenate([each.basis_at(site).astype(np.float64) for _, each in acting])
-    return Stack(tuple((number, RANK[each.operator]) for number, each in acting), span, span @ span.T)
-
-
-def factor_at(site: Site, steerings: Sequence[Steering], actions: Sequence[Action | None]) -> Factor:
-    """The factor of all of `steerings` that act at `site`, one after another in the order given."""
-    stack = stack_at(site, steerings)
-    return Factor(stack.span, stack.core(actions))
+    return stack_of([(number, each.basis_at(site)) for number, each in enumerate(steerings) if site in each.steered])

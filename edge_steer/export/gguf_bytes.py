@@ -53,6 +53,11 @@ class Mapped:
         for first in range(0, len(rows), at_once):
             yield ggml.to_float(tensor.type, rows[first : first + at_once], width)
 
+    def vector(self, name: str) -> NDArray[np.float64]:
+        """The values of the tensor `name`, flat: of a norm, a bias."""
+        tensor = next(tensor for tensor in self.model.tensors if tensor.name == name)
+        return np.concatenate([rows.ravel() for rows in self.blocks(tensor)]).astype(np.float64)
+
 
 def size_of(tensor: TensorInfo) -> int:
     """Bytes of a tensor's data. Raises FormatError for a type that this release does not know."""
@@ -102,10 +107,11 @@ def text(value: str) -> Value:
     return Value(GGUFValueType.STRING, value)
 
 
-def retyped(source: Mapped, kinds: Mapping[str, int]) -> list[TensorInfo]:
-    """The tensors of `source` in the order of their data, some with other types, and where they then lie."""
+def retyped(source: Mapped, kinds: Mapping[str, int], added: Sequence[TensorInfo] = ()) -> list[TensorInfo]:
+    """The tensors of `source` in the order of their data and those `added`, some with other types, and where they then
+    lie."""
     found, offset = [], 0
-    for tensor in sorted(source.model.tensors, key=lambda each: each.offset):
+    for tensor in [*sorted(source.model.tensors, key=lambda each: each.offset), *added]:
         tensor = TensorInfo(tensor.name, tensor.shape, kinds.get(tensor.name, tensor.type), offset)
         found.append(tensor)
         offset += -(-size_of(tensor) // source.alignment) * source.alignment

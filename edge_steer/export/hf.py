@@ -1,24 +1,36 @@
-"""Steerings folded into a Hugging Face directory: each shard is copied, and the weights that read a steered site are
-turned in place in the copy, some rows at a time, in their own type."""
+"""Steerings folded into a Hugging Face directory: each shard is copied, and the tensors that change are written anew in
+the copy, some rows at a time, in their own type. A head that was the embedding becomes a tensor of its own."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.export.baked import Baked, weight_factors
-from edge_steer.export.factors import Factor
-from edge_steer.export.hf_weights import from_float32, read_checkpoint, to_float32
+from edge_steer.export.baked import Baked
+from edge_steer.export.folding import EMBEDDING, HEAD, Changes, Norm
+from edge_steer.export.hf_weights import (
+    Checkpoint,
+    HfTensor,
+    blocks_of,
+    from_float32,
+    new_safetensors,
+    read_checkpoint,
+    to_float32,
+)
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.export.whole_folder import whole_folder
+from edge_steer.json_file import read_json
 
-_ROWS = 1 << 22  # values turned at once
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def bake_hf(
@@ -35,23 +47,74 @@ def bake_hf(
     Raises SteerError where the steerings cannot be exact in these weights, before anything is written.
     """
     source, out = read_checkpoint(folder), Path(out)
-    on, _ = linear_actions(steerings)
-    factors = weight_factors(steerings, source.readers(on))
+    on, actions = linear_actions(steerings)
+    changes = Changes(source.fold(on), actions, source.values, _rounding(source))
+    changed = {tensor: name for tensor, name in source.names.items() if name in changes}
+    untied = changes.folding.untied
     shards = {tensor.shard for tensor in source.tensors.values()}
-    with whole_folder(out, source.folder, force=force) as part, progress("rotating", len(factors)) as step:
+    with whole_folder(out, source.folder, force=force) as part, progress("rotating", len(changed) + untied) as step:
         for each in sorted(source.folder.iterdir()):
             if each.is_file() and (each in shards or each.suffix not in _WEIGHTS):
                 shutil.copyfile(each, part / each.name)
-        for name, factor in factors.items():
-            tensor = source.tensors[name]
-            _turn(tensor.memory(part / tensor.shard.name, "r+"), factor)
+        for tensor, name in changed.items():
+            old = source.tensors[tensor]
+            offset = source.norm_offset if isinstance(changes.folding.parts[name], Norm) else 0.0
+            _write(old.memory(part / old.shard.name, "r+"), changes, name, old, offset)
             step(1)
-    return Baked(out, len(factors), {})
+        if untied:
+            _untie(part, source, changes)
+            step(1)
+        if HEAD in changes:
+            _say_untied(part / "config.json")
+    return Baked(out, len(changes.folding.weights), {}, untied)
 
 
-def _turn(weight: NDArray[Any], factor: Factor) -> None:
-    rows = weight.reshape(-1, weight.shape[-1])
-    at_once = max(1, _ROWS // rows.shape[1])
-    for first in range(0, len(rows), at_once):
-        block = rows[first : first + at_once]
-        block[:] = from_float32(factor.turn(to_float32(block)), block.dtype)
+def _rounding(source: Checkpoint) -> Any:
+    """A norm's weight as its type holds it, less and plus what is added to it."""
+    norm = next((source.tensors[tensor] for tensor, name in source.names.items() if name == "output_norm.weight"), None)
+
+    def rounded(gain: NDArray[np.float64]) -> NDArray[np.float64]:
+        assert norm is not None
+        dtype = norm.memory(norm.shard).dtype
+        stored = from_float32((gain - source.norm_offset).astype(np.float32), dtype)
+        return to_float32(stored).astype(np.float64) + source.norm_offset
+
+    return rounded
+
+
+def _write(to: NDArray[Any], changes: Changes, name: str, old: HfTensor, offset: float = 0.0) -> None:
+    """Write the new rows of `old` to `to`, which is a copy of it or as large."""
+    flat = to.reshape(-1, to.shape[-1])
+    done = 0
+    for rows in changes.rows(name, partial(blocks_of, old)):
+        flat[done : done + len(rows)] = from_float32(rows - np.float32(offset), flat.dtype)
+        done += len(rows)
+
+
+def _untie(folder: Path, source: Checkpoint, changes: Changes) -> None:
+    """Write the head, turned, into a shard of its own, and an index that names it."""
+    embedding = next(source.tensors[tensor] for tensor, name in source.names.items() if name == EMBEDDING)
+    name = f"{source.architecture.head}.weight"
+    index = folder / _INDEX
+    if index.exists():
+        written = read_json(index)
+        file = "model-head.safetensors"
+    else:
+        first, file = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+        (folder / _ONE).rename(folder / first)
+        size = sum(each.memory(folder / first).nbytes for each in source.tensors.values())
+        written = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(source.tensors, first)}
+    head = new_safetensors(folder / file, name, embedding)
+    _write(head, changes, HEAD, embedding)
+    written["weight_map"][name] = file
+    if isinstance(total := written.get("metadata", {}).get("total_size"), int):
+        written["metadata"]["total_size"] = total + head.nbytes
+    index.write_text(json.dumps(written, indent=2), encoding="utf-8")
+
+
+def _say_untied(path: Path) -> None:
+    config = read_json(path)
+    for each in (config, config.get("text_config")):
+        if isinstance(each, dict) and (each is config or "tie_word_embeddings" in each):
+            each["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

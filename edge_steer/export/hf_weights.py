@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.errors import FormatError, SteerError, shown
-from edge_steer.export.readers import check_experts, gguf_name, steered_readers
+from edge_steer.export.folding import Folding, Reads, folding
+from edge_steer.export.readers import check_experts, gguf_name
 from edge_steer.json_file import read_json
-from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture
+from edge_steer.sites import MODEL_TYPES, Architecture, architecture
 from edge_steer.steering import BaseModel, Steering
 
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_BLOCK = 1 << 22  # values in a block of rows
 _LONGEST_NAME = 200  # of a file
 _MOST_AXES = 8  # their product is a number of any length
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -48,7 +50,7 @@ class HfTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face directory. tensors: those of all shards, by name. names: GGUF name of each that is in a block."""
+    """A Hugging Face directory. tensors: those of all shards, by name. names: GGUF name of each that has one."""
 
     folder: Path
     config: dict[str, Any]
@@ -57,19 +59,31 @@ class Checkpoint:
     tensors: dict[str, HfTensor]
     names: dict[str, str]
 
-    def readers(self, steerings: list[Steering]) -> dict[str, Site]:
-        """The tensors that read a site which one of `steerings` turns, which must fit, and that site."""
+    def values(self, name: str) -> NDArray[np.float64]:
+        """A norm's weight as it multiplies, or a vector as it is added, by its GGUF name: (d,)."""
+        tensor = self.tensors[next(tensor for tensor, known in self.names.items() if known == name)]
+        stored = to_float32(tensor.memory(tensor.shard)).astype(np.float64)
+        return stored + self.norm_offset if name.endswith("norm.weight") else stored
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to a norm's weight as it is stored."""
+        return 1.0 if self.architecture.norm_plus_one else 0.0
+
+    def fold(self, steerings: Sequence[Steering]) -> Folding:
+        """The folding of `steerings`, which must fit, into these weights."""
         for steering in steerings:
             steering.check_fits(self.base)
-        sites = steered_readers(steerings, self.architecture, set(self.names.values()))
-        found = {tensor: sites[name] for tensor, name in self.names.items() if name in sites}
+        folded = folding(steerings, self.architecture, set(self.names.values()), self.values)
         experts: dict[str, int] = {}
-        for tensor in found:
-            shape, name = self.tensors[tensor].shape, self.names[tensor]
-            if shape[-1:] != (self.base.embedding_length,):
-                raise SteerError(
-                    f"expected {shown(tensor)} with rows of {self.base.embedding_length}, got shape {shape}"
-                )
+        width = self.base.embedding_length
+        for tensor, name in self.names.items():
+            if name not in folded.parts:
+                continue
+            shape, part = self.tensors[tensor].shape, folded.parts[name]
+            if shape[-1 if len(shape) == 1 or isinstance(part, Reads) else -2 :][:1] != (width,):
+                raise SteerError(f"expected {shown(tensor)} with {'rows' if len(shape) > 1 else 'a width'} of {width}, "
+                                 f"got shape {shape}")  # fmt: skip
             self.tensors[tensor].memory(self.tensors[tensor].shard)  # refuses a type that cannot be turned
             if name.endswith("_exps.weight"):
                 experts[name] = experts.get(name, 0) + (shape[0] if len(shape) == 3 else 1)
@@ -78,7 +92,7 @@ class Checkpoint:
         if not isinstance(count, int):
             raise FormatError(f"{self.folder}/config.json: expected a number of experts, got {shown(count)}")
         check_experts(list(experts.items()), count)
-        return found
+        return folded
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
@@ -107,6 +121,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     arch = architecture(MODEL_TYPES[model_type])
     names = {tensor: name for tensor in tensors if (name := gguf_name(arch, tensor)) is not None}
     arch = architecture(MODEL_TYPES[model_type], set(names.values()))
+    names = {tensor: name for tensor in tensors if (name := gguf_name(arch, tensor)) is not None}
     layers, width = (_size(folder, text, key) for key in ("num_hidden_layers", "hidden_size"))
     base = BaseModel(arch.name, folder.resolve().name, layers, width)
     return Checkpoint(folder, config, arch, base, tensors, names)
@@ -178,6 +193,15 @@ def _tensors(shard: Path) -> list[HfTensor]:
     return found
 
 
+def blocks_of(tensor: HfTensor) -> Iterator[NDArray[np.float32]]:
+    """A tensor's rows (n, width) in order, some at a time, as float32; a vector is one row."""
+    weight = tensor.memory(tensor.shard)
+    rows = weight.reshape(-1, weight.shape[-1])
+    at_once = max(1, _BLOCK // rows.shape[1])
+    for first in range(0, len(rows), at_once):
+        yield to_float32(rows[first : first + at_once])
+
+
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """Values as they stand in a shard as float32; bfloat16 comes as its 16 bits."""
     if values.dtype == np.uint16:
@@ -191,6 +215,18 @@ def from_float32(values: NDArray[np.float32], like: np.dtype[Any]) -> NDArray[An
         bits = np.ascontiguousarray(values).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return values.astype(like)
+
+
+def new_safetensors(path: Path, name: str, like: HfTensor) -> NDArray[Any]:
+    """A new file with one tensor of the type and shape of another, mapped for writing."""
+    size = math.prod(like.shape) * np.dtype(_TYPES[like.type]).itemsize
+    entry = {"dtype": like.type, "shape": list(like.shape), "data_offsets": [0, size]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, name: entry}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(_LENGTH.pack(len(text)) + text)
+        file.truncate(_LENGTH.size + len(text) + size)
+    return np.memmap(path, _TYPES[like.type], "r+", _LENGTH.size + len(text), like.shape)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:

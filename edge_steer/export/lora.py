@@ -1,8 +1,8 @@
 """GGUF adapters: the same steering on unmodified llama.cpp, exact because the operator is linear.
 
-With W the weight dequantized from the very GGUF the adapter is for, and R = I + SᵀGS at the site it reads,
-W R − W = (W Sᵀ) G S: lora_a = S, lora_b = (W Sᵀ) G. `adapter.lora.alpha` is 0: llama.cpp then takes a scale as given.
-Letters: d model width, m outputs of a weight, E experts, r the sum of the steerings' ranks.
+Every weight that a folding changes takes a change of low rank, B core(dials) A: lora_a = A does not depend on the
+dials, lora_b = B core does. W is dequantized from the very GGUF the adapter is for. `adapter.lora.alpha` is 0: llama.cpp
+then takes a scale as given. Letters: d model width, m outputs of a weight, E experts, r rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +20,60 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
-from edge_steer.export.factors import Stack, stack_at
+from edge_steer.export.factors import Actions
+from edge_steer.export.folding import Floats, Halves, Reads, Writes, check_adapter, core_at, fold_gguf, halves
 from edge_steer.export.gguf_bytes import map_model, text, write_float32
 from edge_steer.export.lora_notes import modelfile, notes
 from edge_steer.export.progress import Progress, no_progress
-from edge_steer.export.readers import Dialled, check_linear, check_model, linear_actions
+from edge_steer.export.readers import Dialled, check_linear, linear_actions
 from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import ModelFile, read_model
-from edge_steer.rotation import Action
-from edge_steer.sites import Site, architecture
 from edge_steer.steering import RANK, Steering
 from edge_steer.whole_file import whole_file
 
 Float32s = NDArray[np.float32]
-Core = Callable[[Site], NDArray[np.float64]]  # G (r, r) of a site
+Core = Callable[[Reads | Writes], Floats]  # the core (r, r) of a weight
 
 
 @dataclass(frozen=True)
 class Products:
-    """All that adapters of `steerings` need of a model, at any dial.
-
-    products: W Sᵀ by weight, (m, r) or (E, m, r) float32. sites: the site each weight reads.
-    stacks: S by site, and how the steerings follow each other there.
-    """
+    """All that adapters of `steerings` need of a model, at any dial. turns: the most that one weight takes."""
 
     model: ModelFile
     steerings: tuple[Steering, ...]
-    products: dict[str, Float32s]
-    sites: dict[str, Site]
-    stacks: dict[Site, Stack]
+    halves: dict[str, Halves]
+    turns: int
 
 
 def products(model: ModelFile, steerings: Sequence[Steering], progress: Progress = no_progress) -> Products:
-    """W Sᵀ of every weight that reads a steered site. Reads those weights once, some rows at a time.
+    """The halves of every weight that changes. Reads those weights once, some rows at a time.
 
     Raises SteerError where the steerings cannot be exact in an adapter for this model.
     """
     for steering in steerings:
         check_linear(steering)
-    names = {tensor.name for tensor in model.tensors}
-    arch = architecture(model.architecture, names)
-    sites = check_model(steerings, model, arch)
-    for name in sites:
-        if name.replace(".weight", ".scale") in names:
-            raise SteerError(f"{name} has a scale of its own, which llama.cpp's adapters do not know; use --to gguf")
-    stacks = {site: stack_at(site, steerings) for site in set(sites.values())}
     source = map_model(model)
-    found: dict[str, Float32s] = {}
-    with progress("reading weights", len(sites)) as step:
-        for tensor in model.tensors:
-            if tensor.name in sites:
-                span = stacks[sites[tensor.name]].span.astype(np.float32)
-                product = np.concatenate([rows @ span.T for rows in source.blocks(tensor)])
-                found[tensor.name] = product.reshape(*reversed(tensor.shape[2:]), -1, len(span))
-                step(1)
-    return Products(model, tuple(steerings), found, sites, stacks)
+    folded = fold_gguf(steerings, source)
+    check_adapter(folded)
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    for name in folded.weights:
+        if name.replace(".weight", ".scale") in tensors:
+            raise SteerError(f"{name} has a scale of its own, which llama.cpp's adapters do not know; use --to gguf")
+    found: dict[str, Halves] = {}
+    with progress("reading weights", len(folded.weights)) as step:
+        for name, part in folded.weights.items():
+            tensor = tensors[name]
+            experts = tensor.shape[2] if len(tensor.shape) == 3 else None
+            found[name] = halves(name, part, partial(source.blocks, tensor), experts)
+            step(1)
+    return Products(model, tuple(steerings), found, folded.turns)
 
 
 def adapter_tensors(source: Products, core: Core) -> Iterator[tuple[str, Float32s]]:
-    """Names and values of an adapter's tensors: lora_a (r, d) and lora_b (m, r), or (E, r, d) and (E, m, r)."""
-    cores = {site: core(site).astype(np.float32) for site in source.stacks}
-    for name, product in source.products.items():
-        site = source.sites[name]
-        span = source.stacks[site].span.astype(np.float32)
-        yield f"{name}.lora_a", np.broadcast_to(span, (*product.shape[:-2], *span.shape))
-        yield f"{name}.lora_b", product @ cores[site]
+    """Names and values of an adapter's tensors: lora_a (r, in) and lora_b (m, r), or (E, r, in) and (E, m, r)."""
+    for name, both in source.halves.items():
+        yield f"{name}.lora_a", both.a
+        yield f"{name}.lora_b", both.lora_b(core)
 
 
 def write_adapter(path: Path, source: Products, core: Core, description: str = "") -> None:
@@ -99,12 +89,7 @@ def write_adapter(path: Path, source: Products, core: Core, description: str = "
     write_float32(path, metadata, dict(adapter_tensors(source, core)))
 
 
-def at_actions(source: Products, actions: Sequence[Action | None]) -> Core:
-    """G of each site for what the steerings of `source` do, in their order; None is off."""
-    return lambda site: source.stacks[site].core(actions)
-
-
-def live_adapter(llama_model: Any, source: Products, actions: Sequence[Action | None]) -> Any:
+def live_adapter(llama_model: Any, source: Products, actions: Actions) -> Any:
     """An adapter for a model that llama.cpp has loaded (its pointer), for scale 1; free it with
     llama_adapter_lora_free once no context uses it. The model keeps its memory map.
 
@@ -114,7 +99,7 @@ def live_adapter(llama_model: Any, source: Products, actions: Sequence[Action | 
 
     with tempfile.TemporaryDirectory(prefix="edge-steer-") as folder:
         path = Path(folder) / "live.gguf"
-        write_adapter(path, source, at_actions(source, actions))
+        write_adapter(path, source, core_at(actions))
         adapter = llama_cpp.llama_adapter_lora_init(llama_model, str(path).encode())
     if not adapter:
         raise SteerError(f"llama.cpp refused the adapter for {source.model.path}; use the hook")
@@ -137,7 +122,7 @@ def export_adapter(
     with ExitStack() as files:
         adapter, model_file = (files.enter_context(whole_file(each, force=force)) for each in (path, ollama))
         source = products(read_model(model_path), on, progress)
-        write_adapter(adapter, source, at_actions(source, actions), _describe(dials))
+        write_adapter(adapter, source, core_at(actions), _describe(dials))
         model_file.write_text(modelfile(source.model.path, path), encoding="utf-8")
     return [path, ollama]
 
@@ -158,6 +143,12 @@ def export_pair(
     with ExitStack() as files:
         parts = [files.enter_context(whole_file(each, force=force)) for each in (cos, sin, readme)]
         source = products(read_model(model_path), [steering], progress)
+        if source.turns > 1:
+            raise SteerError(
+                f"steering {steering.name!r} turns the residual stream behind {len(steering.steered)} blocks, one after "
+                "another, which no pair gives at every angle; give an angle (-s FILE:ANGLE), or calibrate one block "
+                "(--layers)"
+            )
         # R(θ) − I = (cosθ − 1) SᵀS + sinθ SᵀJS
         write_adapter(parts[0], source, lambda _: np.eye(2), f"{steering.name}: scale it by cos(angle) - 1")
         write_adapter(

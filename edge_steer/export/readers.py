@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
-from edge_steer.model_file import ModelFile
-from edge_steer.rotation import Ablate, Action, TurnBy
-from edge_steer.sites import Architecture, Site
+from edge_steer.rotation import Action
+from edge_steer.sites import OUTER_KINDS, Architecture, Site
 from edge_steer.steering import Steering
 
 Dialled = tuple[Steering, "float | None"]  # a steering and its dial; None is off
@@ -39,6 +38,8 @@ _HF_MODULES = {
     "ffn_down_shexp": ("mlp.shared_expert.down_proj",),
     "attn_norm_2": ("ln_attn",),  # tells Falcon-40B from Falcon-7B
 }
+# Around the blocks, by the architecture's own names for them.
+_OUTER = {"output_norm": "final_norm", "output": "head", "token_embd": "embedding"}
 _GGUF_NAMES = {module: name for name, modules in _HF_MODULES.items() for module in modules}
 # Weights of a block that read something else than a steered site.
 _OTHER_READERS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
@@ -52,11 +53,16 @@ _TOGETHER = (
 
 
 def gguf_name(architecture: Architecture, tensor: str) -> str | None:
-    """The GGUF name of what the Hugging Face tensor called `tensor` is part of; None for a tensor outside the blocks.
+    """The GGUF name of what the Hugging Face tensor called `tensor` is part of; None for one that has no such name.
 
     A block's tensor that is not in the table keeps its own name behind `blk.N.`.
     """
     plain = re.sub(r"\blanguage_model\.", "", tensor)
+    for name, module in _OUTER.items():
+        outer = getattr(architecture, module)
+        for ending in ("weight", "bias"):
+            if plain in (f"{outer}.{ending}", f"{outer.removeprefix('model.')}.{ending}"):
+                return f"{name}.{ending}"
     plain = plain if plain.startswith("model.") or not architecture.layers.startswith("model.") else f"model.{plain}"
     match = re.fullmatch(rf"{re.escape(architecture.layers)}\.(\d+)\.(.+)", plain)
     if match is None:
@@ -65,29 +71,34 @@ def gguf_name(architecture: Architecture, tensor: str) -> str | None:
     if match[2] in _GGUF_NAMES:  # the fused experts are parameters, not modules with a weight
         module, dot, ending = match[2], ".", "weight"
     known = _GGUF_NAMES.get(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", module))
+    norms = {how.module: kind for kind, how in architecture.kinds.items() if kind not in OUTER_KINDS}
+    known = norms.get(module, known)
     return f"blk.{match[1]}.{known or module}{dot}{ending}"
 
 
 def steered_readers(
     steerings: Sequence[Steering], architecture: Architecture, tensors: Collection[str]
 ) -> dict[str, Site]:
-    """Every weight among `tensors` (GGUF names) that reads a site which one of `steerings` turns, and that site.
+    """Every weight among `tensors` (GGUF names) that reads a norm which one of `steerings` turns, and that site.
 
     Raises SteerError, with the site's name, where the readers cannot all be known.
     """
     present = set(tensors)
-    sites = sorted({site for steering in steerings for site in steering.steered})
+    sites = sorted({site for steering in steerings for site in steering.steered if site.kind != "layer_out"})
     found: dict[str, Site] = {}
     for site in sites:
-        for name in _readers(site, architecture, present):
+        for name in readers_of(site, architecture, present):
             found[name] = site
     return found
 
 
-def _readers(site: Site, architecture: Architecture, tensors: set[str]) -> tuple[str, ...]:
+def readers_of(site: Site, architecture: Architecture, tensors: set[str]) -> tuple[str, ...]:
+    """Every weight among `tensors` that reads the norm `site`. Raises SteerError where they cannot all be known."""
     if site.kind not in architecture.kinds:
         raise MismatchError(f"expected a site of {', '.join(architecture.kinds)} in {architecture.name}, got {site}")
     found = architecture.readers(site, tensors)
+    if site.kind == "output_norm":
+        return found
     names = {_suffix(name) for name in found}
     suffixes = architecture.kinds[site.kind].readers or ()
     for group in _TOGETHER:
@@ -120,20 +131,6 @@ def check_experts(numbers: Collection[tuple[str, int]], expected: int) -> None:
             )
 
 
-def check_model(steerings: Sequence[Steering], model: ModelFile, architecture: Architecture) -> dict[str, Site]:
-    """`steered_readers` of a GGUF, which must fit the steerings and hold every expert."""
-    for steering in steerings:
-        steering.check_fits(model.base)
-    found = steered_readers(steerings, architecture, [tensor.name for tensor in model.tensors])
-    experts = model.metadata.get(f"{model.architecture}.expert_count", 0)
-    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    check_experts([(name, shapes[name][2]) for name in found if len(shapes[name]) == 3], experts)
-    for name in found:
-        if shapes[name][0] != model.embedding_length:
-            raise MismatchError(f"expected {name} to read {model.embedding_length} values, it reads {shapes[name][0]}")
-    return found
-
-
 def linear_actions(steerings: Sequence[Dialled]) -> tuple[list[Steering], list[Action]]:
     """The steerings that act at their dials, and what they do.
 
@@ -162,8 +159,3 @@ def check_linear(steering: Steering) -> None:
         )  # fmt: skip
         cure = "; use --to control-vector or the hook" if steering.operator == "addition" else "; use the hook"
         raise SteerError(f"steering {steering.name!r} at {steering.steered[0]}: {steering.operator} {why}{cure}")
-
-
-def is_linear(action: Action | None) -> bool:
-    """Whether weights can do what `action` does."""
-    return action is None or isinstance(action, (TurnBy, Ablate))

@@ -30,7 +30,7 @@ def steered(model: Any, steerings: Sequence[tuple[Steering, float | None]]) -> I
             model.generate(**inputs)
     """
     known, base = _model(model)
-    found = {site_of_module(known, name): module for name, module in model.named_modules()}
+    found = {site_of_module(known, name, base.block_count): module for name, module in model.named_modules()}
     hooks: list[tuple[Any, Any]] = []
     for steering, dial in steerings:
         steering.check_fits(base)
