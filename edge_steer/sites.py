@@ -8,7 +8,7 @@ output. This file is the one table of those names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,11 +87,12 @@ class Architecture:
 
     def kinds_for(self, choice: str) -> tuple[str, ...]:
         """Kinds meant by `--sites`: `pre` (before each half), `norms` (those and the one before the head), `all` (every
-        norm of a block), or a comma-separated list of kinds."""
+        norm of a block), or kinds by name; several with commas between."""
         pre = [kind for kind in PRE_KINDS if kind in self.kinds]
         inner = [kind for kind in self.kinds if kind not in OUTER_KINDS]
         known = {"pre": pre or inner, "norms": [*(pre or inner), "output_norm"], "all": inner}
-        wanted: Sequence[str] = known[choice] if choice in known else [kind.strip() for kind in choice.split(",")]
+        named = [kind.strip() for kind in choice.split(",")]
+        wanted = [kind for name in named for kind in known.get(name, [name])]
         for kind in wanted:
             if kind not in self.kinds:
                 names = ", ".join([*known, *self.kinds])

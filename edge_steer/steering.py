@@ -53,7 +53,8 @@ class Made:
 
     orthogonal_to: what was projected out of its directions.
     candidates:    the choices of sites and planes that were measured, this one first, each with its dials at one
-                   divergence (candidate_min, candidate_max) and the change of the gap between them (candidate_effect).
+                   divergence (candidate_min, candidate_max) and how far each moves the gap (candidate_negative,
+                   candidate_positive); NaN: not measured.
     """
 
     recorder: str = ""
@@ -65,15 +66,16 @@ class Made:
     negative_count: int = 0
     orthogonal_to: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
-    candidate_effect: tuple[float, ...] = ()
     candidate_min: tuple[float, ...] = ()
     candidate_max: tuple[float, ...] = ()
+    candidate_negative: tuple[float, ...] = ()
+    candidate_positive: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("orthogonal_to", "candidates"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("candidate_effect", "candidate_min", "candidate_max"):  # as the file holds them
-            given = np.asarray(getattr(self, name), np.float32)
+        for name in ("candidate_min", "candidate_max", "candidate_negative", "candidate_positive"):
+            given = np.asarray(getattr(self, name), np.float32)  # as the file holds it
             object.__setattr__(self, name, tuple(map(float, given)))
             if len(given) != len(self.candidates):
                 raise FormatError(f"expected {name} for {len(self.candidates)} candidates, got {len(given)}")

@@ -53,7 +53,10 @@ _MADE: dict[str, Kind] = {
     **dict.fromkeys(("recorder", "model", "prompts_sha256", "version", "date"), _TEXT),
     **dict.fromkeys(("positive_count", "negative_count"), _U32),
     **dict.fromkeys(("orthogonal_to", "candidates"), _array_of(GGUFValueType.STRING)),
-    **dict.fromkeys(("candidate_effect", "candidate_min", "candidate_max"), _array_of(GGUFValueType.FLOAT32)),
+    **dict.fromkeys(
+        ("candidate_min", "candidate_max", "candidate_negative", "candidate_positive"),
+        _array_of(GGUFValueType.FLOAT32),
+    ),
 }
 
 

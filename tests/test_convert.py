@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from directories import (  # noqa: E402
+    convert,
     TOKENS,
     assert_same_model,
     divergence,
@@ -29,7 +30,6 @@ from directories import (  # noqa: E402
 )  # fmt: skip
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from edge_steer.converters.convert import convert  # noqa: E402
 from edge_steer.errors import SteerError  # noqa: E402
 from edge_steer.gguf_metadata import read_gguf  # noqa: E402
 from edge_steer.model_file import read_model  # noqa: E402

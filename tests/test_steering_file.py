@@ -94,7 +94,7 @@ def test_several_steerings_keep_their_order_and_their_own_provenance(tmp_path: P
 
 def test_the_file_holds_each_key_in_exactly_one_type_and_no_tensor(tmp_path: Path) -> None:
     made = steering("adaptive")
-    candidates = {f"candidate_{name}": (0.5,) for name in ("effect", "min", "max")}
+    candidates = {f"candidate_{name}": (0.5,) for name in ("min", "max", "negative", "positive")}
     made.with_(made=replace(made.made, orthogonal_to=("refusal",), candidates=("attn_norm",), **candidates)).save(
         tmp_path / "s.gguf"
     )
@@ -110,7 +110,7 @@ def test_the_file_holds_each_key_in_exactly_one_type_and_no_tensor(tmp_path: Pat
         **{f"steering.0.{name}": [T.FLOAT32] for name in ("threshold", "angle", "angle_min", "angle_max")},
         "steering.0.provisional": [T.BOOL],
         "steering.made.orthogonal_to": [T.ARRAY, T.STRING], "steering.made.candidates": [T.ARRAY, T.STRING],
-        **{f"steering.made.candidate_{name}": [T.ARRAY, T.FLOAT32] for name in ("effect", "min", "max")},
+        **{f"steering.made.candidate_{name}": [T.ARRAY, T.FLOAT32] for name in ("min", "max", "negative", "positive")},
         **{f"steering.base.{name}": [T.STRING] for name in ("architecture", "name", "tokenizer_sha256")},
         **{f"steering.base.{name}": [T.UINT32] for name in ("block_count", "embedding_length")},
         **{f"steering.made.{name}": [T.STRING] for name in ("recorder", "model", "prompts_sha256", "version", "date")},

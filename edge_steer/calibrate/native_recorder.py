@@ -32,6 +32,11 @@ class NativeRecorder:
         self.sites = tuple(self._llm.hook_sites[number] for number in self._at)
         self.uses_plain_template = self._llm.chat_template.is_plain
 
+    @property
+    def model(self) -> SteeredLlama:
+        """The model that records, without steerings."""
+        return self._llm
+
     def sums(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> ClassSums:
         """Float64 sums over the prompts' last tokens, (S, d)."""
         record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)

@@ -117,12 +117,15 @@ class TorchRecorder:
         batches = self._batches([tokens[number] for number in order], step)
         return sum(map(ClassSums.of, batches), start=ClassSums.of(none))
 
+    def text_tokens(self, text: str) -> list[int]:
+        """Tokens of a rendered text; a BOS that it does not bear is added where the tokenizer adds one."""
+        return list(self.tokenizer(text, add_special_tokens=not self.template.starts_with_bos(text))["input_ids"])
+
     def _tokens(self, prompt: Prompt) -> list[int]:
-        text = self.template.prompt_text(prompt)
-        ids = self.tokenizer(text, add_special_tokens=not self.template.starts_with_bos(text))["input_ids"]
+        ids = self.text_tokens(self.template.prompt_text(prompt))
         if not ids:
             raise SteerError(f"expected a prompt of at least one token, got none in {prompt.prompt!r}")
-        return list(ids)
+        return ids
 
     def _batches(self, tokens: Sequence[Sequence[int]], step: Step) -> Iterator[NDArray[np.float32]]:
         """Activations (n, S, d) of the last token, batch by batch in the order given."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_steer.contrast import Probe
 from edge_steer.errors import SteerError
-from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.evaluate.model import MeasuredModel
 
 # Next tokens of which a reference keeps the probability; the rest is kept as one. On neutral passages this took less
 # than a thousandth off the divergence (4,096 took half a hundredth), and it is 128 kB a token in place of a megabyte.
@@ -27,7 +27,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return shifted
 
 
-def log_probabilities(llm: SteeredLlama, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+def log_probabilities(llm: MeasuredModel, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
     """Log-probability of each of tokens[start:], given those before it, under the dials as they stand."""
     return chosen(log_softmax(llm.logits(tokens, start)), tokens[start:])
 
@@ -44,35 +44,36 @@ def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return next(differ, min(len(one), len(other)))
 
 
-def answer_tokens(llm: SteeredLlama, prompt: str, answer: str) -> tuple[list[int], int]:
+def answer_tokens(
+    llm: MeasuredModel, prompt: str, answer: str, system: str | None = None
+) -> tuple[list[int], int]:
     """Tokens of a prompt with an answer, as the model would have written it, and where the answer starts."""
-    text = llm.chat_template.render([{"role": "user", "content": prompt}])
+    head_messages = [] if system is None else [{"role": "system", "content": system}]
+    text = llm.chat_template.render([*head_messages, {"role": "user", "content": prompt}])
     head = llm.text_tokens(text)
     gap = " " if llm.chat_template.is_plain else ""  # the plain template ends in "Answer:"
     tokens = llm.text_tokens(text + gap + answer)
     return tokens, shared_prefix(head, tokens)
 
 
-def plain_tokens(llm: SteeredLlama, text: str) -> list[int]:
+def plain_tokens(llm: MeasuredModel, text: str) -> list[int]:
     """Tokens of plain text, without a chat template."""
     return list(llm.tokenize(text.encode(), add_bos=True, special=False))
 
 
-def probe_gaps(llm: SteeredLlama, probes: Iterable[Probe]) -> NDArray[np.float64]:
-    """Per probe: log-probability per token of the positive minus that of the negative continuation, (probes,)."""
+def probe_gaps(llm: MeasuredModel, probes: Iterable[Probe], system: str | None = None) -> NDArray[np.float64]:
+    """Per probe: log-probability per token of the positive minus that of the negative continuation, (probes,).
+
+    system: a system prompt over each probe.
+    """
 
     def per_token(prompt: str, answer: str) -> float:
-        return float(log_probabilities(llm, *answer_tokens(llm, prompt, answer)).mean())
+        return float(log_probabilities(llm, *answer_tokens(llm, prompt, answer, system)).mean())
 
     gaps = [per_token(probe.prompt, probe.positive) - per_token(probe.prompt, probe.negative) for probe in probes]
     if not gaps:
         raise SteerError("expected probes to measure with, got none")
     return np.array(gaps)
-
-
-def text_log_probabilities(llm: SteeredLlama, passages: Iterable[str]) -> NDArray[np.float64]:
-    """Mean log-probability per token of each passage of plain text, without a chat template, (passages,)."""
-    return np.array([float(log_probabilities(llm, plain_tokens(llm, passage), 1).mean()) for passage in passages])
 
 
 @dataclass(frozen=True, eq=False)

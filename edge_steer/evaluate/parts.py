@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_steer.evaluate.capability import option_scores
 from edge_steer.evaluate.material import Material
 from edge_steer.evaluate.metrics import Expected, chosen, log_probabilities, log_softmax, plain_tokens, probe_gaps
+from edge_steer.evaluate.model import turn
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.native import Record
 from edge_steer.steering import Steering
@@ -36,10 +37,7 @@ class Bench:
 
     def turn(self, name: str | None, dial: float | None) -> None:
         """Turn the steering `name` to `dial` and all others off; None: all off."""
-        dials = self.llm.angles
-        dials.update(dict.fromkeys(dials))
-        if name is not None:
-            dials[name] = dial
+        turn(self.llm, name, dial)
 
     def expected(self) -> list[Expected]:
         """What the unsteered model expects at every token of each passage."""

@@ -1,0 +1,284 @@
+"""What steering does at equal divergence, on models × presets × methods: effects, texts, and what one preset does to
+the others' probes.
+
+    python benchmarks/effects.py                                   # everything; hours on two cores
+    python benchmarks/effects.py --models smollm2-135m --presets sentiment
+    python benchmarks/effects.py --parts effects                   # one part of it
+    python benchmarks/effects.py --page                            # only write the page from what is kept
+
+Every cell is kept in --work as it comes and not measured again: stop it, widen it, run it again. Nothing is measured on
+what calibration measured on: of the presets' probes those that `choose` left, of the neutral passages others than the
+dial's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibrate.remembered import Remembered
+from edge_steer.contrast import PRESETS, Probe, load_preset, neutral_passages, preset_names
+from edge_steer.errors import SteerError
+from edge_steer.evaluate import choice
+from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
+from edge_steer.evaluate.coherence import repetition
+from edge_steer.evaluate.dial import PASSAGES, Divergence, dial_at
+from edge_steer.evaluate.material import spread
+from edge_steer.evaluate.metrics import log_softmax, probe_gaps
+from edge_steer.registry import resolve
+from edge_steer.runtime.chat import Sampling, answered
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.steering import Steering, save_all
+
+MODELS = "smollm2-135m,gemma3-270m,qwen2.5-coder-0.5b,qwen2.5-coder-1.5b"
+JUDGE = "qwen2.5-coder-1.5b"
+BUDGET = 0.25  # KL from unsteered on neutral text, nats per token, at both ends
+PROBES, CROSS_PROBES, TEXTS, LONGEST = 12, 6, 24, 32
+OURS = "default"
+# Rivals: what `calibrate` is asked for. Those of addition are its own best sites, the better one is counted.
+RIVALS: dict[str, dict[str, Any]] = {
+    "former default": {"plane": "local", "kinds": ("attn_norm",)},
+    "addition, attention": {"operator": "addition", "kinds": ("attn_norm",)},
+    "addition, stream": {"operator": "addition", "kinds": ("layer_out",)},
+    "published": {"plane": "global", "kinds": ("attn_norm", "ffn_norm")},
+    "ablation": {"operator": "ablation", "kinds": ("layer_out",)},
+}
+REFUSAL = re.compile(
+    r"(?i)\b(i'?m sorry,? but|i am sorry,? but|i can(?:'|no)t (?:assist|help|provide|fulfil)|i'?m (?:not able|unable) to)"
+)
+Cell = dict[str, Any]
+
+
+@click.command()
+@click.option("--models", default=MODELS, show_default=True)
+@click.option("--presets", default=",".join(preset_names()), show_default=True)
+@click.option("--parts", default="effects,texts,cross", show_default=True)
+@click.option("--work", default="build/effects", show_default=True, help="Where measurements are kept.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--page", is_flag=True, help="Measure nothing; write the page.")
+def main(models: str, presets: str, parts: str, work: str, threads: int, page: bool) -> None:
+    """Measure, and write the page."""
+    top = Path(work)
+    run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
+    measure: dict[str, Callable[[str, str, Path, dict[str, Any]], None]] = {
+        "effects": effects, "texts": texts, "cross": cross,
+    }  # fmt: skip
+    for part in [] if page else parts.split(","):
+        for preset in presets.split(","):
+            for model in models.split(","):
+                folder = top / model / preset
+                folder.mkdir(parents=True, exist_ok=True)
+                measure[part](model, preset, folder, run)
+    from effects_page import write_page
+
+    write_page(top)
+
+
+def told(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- steerings ----------------------------------------------------------------------------------------------------------
+
+
+def steerings_of(model: str, preset: str, folder: Path, run: dict[str, Any]) -> list[Steering]:
+    """Our default as `calibrate` makes it, and the rivals that the preset allows; calibrated once."""
+    kept = folder / "steerings.gguf"
+    if kept.exists():
+        return Steering.load_all(kept)
+    told(f"{model}, {preset}: calibrating")
+    prompts, path = load_preset(preset), resolve(model, fetch=True)
+    axes = () if preset == "refusal" else None
+    made = [calibrated(NativeEngine(str(path), run), prompts, Wishes(orthogonal_to=axes), name=OURS)]
+    with closing(NativeRecorder(path, sites=choice.SITES, **run)) as recorder:
+        remembered = Remembered(recorder)
+        for name, how in RIVALS.items():
+            try:
+                made.append(calibrate(remembered, prompts, name=name, **how))
+            except SteerError as error:
+                told(f"  {name} is left out: {error}")
+    save_all(made, kept, force=True)
+    return made
+
+
+def opened(model: str, steerings: Sequence[Steering], run: dict[str, Any]) -> SteeredLlama:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*overlap")
+        return SteeredLlama(
+            resolve(model, fetch=True), steering=steerings, angles={each.name: None for each in steerings}, **run
+        )
+
+
+def turn(llm: SteeredLlama, name: str | None, dial: float | None) -> None:
+    llm.angles.update(dict.fromkeys(llm.angles))
+    if name is not None:
+        llm.angles[name] = dial
+
+
+def held_out_probes(preset: str, count: int) -> tuple[Probe, ...]:
+    """Probes of the preset that choosing sites does not measure on."""
+    probes = load_preset(preset).probes
+    used = set(spread(probes, choice.PROBES))
+    return spread([probe for probe in probes if probe not in used], count)
+
+
+def held_out_passages() -> tuple[str, ...]:
+    """Neutral passages that measuring the dial does not use."""
+    passages = neutral_passages()
+    used = set(spread(passages, PASSAGES))
+    return spread([each for each in passages if each not in used], PASSAGES)
+
+
+# --- effects ------------------------------------------------------------------------------------------------------------
+
+
+def effects(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
+    """Each method's dials at the budget, and the change of the probe gap at both; a system prompt beside them."""
+    file = folder / "effects.json"
+    found: Cell = json.loads(file.read_text()) if file.exists() else {}
+    steerings = steerings_of(model, preset, folder, run)
+    missing = [each for each in steerings if each.name not in found]
+    if not missing and "system prompt" in found:
+        return
+    probes, names = held_out_probes(preset, PROBES), load_preset(preset)
+    with closing(opened(model, steerings, run)) as llm:
+        divergence = Divergence(llm, held_out_passages())
+        turn(llm, None, None)
+        off = probe_gaps(llm, probes)
+        for steering in missing:
+            found[steering.name] = {"sites": sites_of(steering)} | {
+                side: end(llm, divergence, steering, probes, off, sign)
+                for side, sign in (("negative", -1), ("positive", 1))
+            }
+            file.write_text(json.dumps(found, indent=1))
+            told(f"{model}, {preset}, {steering.name}: {found[steering.name]}")
+        turn(llm, None, None)
+        asked = {
+            side: probe_gaps(llm, probes, f"Your answers are always {name}. Answer in a {name} way.") - off
+            for side, name in (("negative", names.negative_name), ("positive", names.positive_name))
+        }
+        found["system prompt"] = {side: {"dial": None, "kl": None, **mean_of(change)} for side, change in asked.items()}
+    file.write_text(json.dumps(found, indent=1))
+
+
+def end(
+    llm: SteeredLlama, divergence: Divergence, steering: Steering, probes: Sequence[Probe], off: Any, sign: int
+) -> Cell:
+    if steering.operator == "ablation":
+        if sign < 0:
+            return {"dial": None, "kl": None, "effect": 0.0, "error": 0.0}
+        dial, kl = 1.0, divergence.at(steering.name, 1.0)
+    else:
+        near = steering.angle_max if sign > 0 else -steering.angle_min
+        at = dial_at(divergence, steering, sign, target=BUDGET, first=None if math.isnan(near) else 2 * near)
+        dial, kl = at.angle, at.kl
+    turn(llm, steering.name, dial)
+    return {"dial": dial, "kl": kl, **mean_of(probe_gaps(llm, probes) - off)}
+
+
+def mean_of(change: Any) -> Cell:
+    return {"effect": float(change.mean()), "error": float(change.std(ddof=1) / math.sqrt(len(change)))}
+
+
+def sites_of(steering: Steering) -> str:
+    if steering.made.candidates:
+        return steering.made.candidates[0] + (", no refusal" if steering.made.orthogonal_to else "")
+    kinds = sorted({site.kind for site in steering.steered})
+    return f"{'+'.join(kinds)} {steering.plane}"
+
+
+# --- texts --------------------------------------------------------------------------------------------------------------
+
+
+def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
+    """Greedy answers to held-out prompts at both ends of the budget, at half, and off; then the judge's log-odds."""
+    file, ends = folder / "texts.json", folder / "effects.json"
+    found: Cell = json.loads(file.read_text()) if file.exists() else {}
+    if "judged" in found or not ends.exists():
+        return
+    prompts = spread((PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines(), TEXTS)
+    if "texts" not in found:
+        ours = json.loads(ends.read_text())[OURS]
+        steering = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
+        low, high = ours["negative"]["dial"], ours["positive"]["dial"]
+        dials = {"-1": low, "-1/2": low / 2, "0": None, "+1/2": high / 2, "+1": high}
+        with closing(opened(model, [steering], run)) as llm:
+            found["texts"] = {name: written(llm, dial, prompts) for name, dial in dials.items()}
+        file.write_text(json.dumps(found, indent=1))
+    with closing(opened(JUDGE, [], run)) as judge:
+        found["judged"] = {
+            name: [score(judge, preset, prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
+            for name, answers in found["texts"].items()
+        }
+    found["refusals"] = {name: sum(bool(REFUSAL.search(each)) for each in all_) for name, all_ in found["texts"].items()}
+    found["repetition"] = {
+        name: float(np.mean([repetition(each) for each in all_])) for name, all_ in found["texts"].items()
+    }
+    file.write_text(json.dumps(found, indent=1))
+    told(f"{model}, {preset}, texts: " + str({name: positive(scores) for name, scores in found["judged"].items()}))
+
+
+def written(llm: SteeredLlama, dial: float | None, prompts: Sequence[str]) -> list[str]:
+    turn(llm, OURS, dial)
+    sampling = Sampling(max_tokens=LONGEST, repeat_penalty=1.0)
+    return [answered(llm, [{"role": "user", "content": prompt}], sampling).text for prompt in prompts]
+
+
+def score(judge: SteeredLlama, preset: str, prompt: str, text: str) -> float:
+    """How much surer the judge is that an answer is like the positive end than like the negative: the difference of two
+    log-odds of yes over no. Refusals are judged by what they are."""
+    about = load_preset(preset)
+    head = f"An assistant was asked: {prompt}\nIt answered: {text or '(nothing)'}\n\n"
+    odds = []
+    for name in (about.positive_name, about.negative_name):
+        question = f"{head}Is the tone of this answer {name}? Say yes or no."
+        tokens = judge.chat_tokens([{"role": "user", "content": question}])
+        row = log_softmax(judge.logits([*tokens, tokens[0]], len(tokens)))[0]
+        yes, no = (np.logaddexp.reduce([row[judge.text_tokens(word)[-1]] for word in words])
+                   for words in (("yes", "Yes"), ("no", "No")))  # fmt: skip
+        odds.append(float(yes - no))
+    return round(odds[0] - odds[1], 4)
+
+
+def positive(scores: Sequence[float]) -> float:
+    """The share of answers judged nearer to the positive end."""
+    return round(float(np.mean(np.array(scores) > 0)), 3)
+
+
+# --- what a preset does to the others' probes -----------------------------------------------------------------------------
+
+
+def cross(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
+    """The change of every preset's probe gap from the negative end of ours to the positive, at the budget."""
+    file, ends = folder / "cross.json", folder / "effects.json"
+    if file.exists() or not ends.exists():
+        return
+    ours = json.loads(ends.read_text())[OURS]
+    steering = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
+    found = {}
+    with closing(opened(model, [steering], run)) as llm:
+        for other in preset_names():
+            probes = held_out_probes(other, CROSS_PROBES)
+            gaps = []
+            for side in ("negative", "positive"):
+                turn(llm, OURS, ours[side]["dial"])
+                gaps.append(float(probe_gaps(llm, probes).mean()))
+            found[other] = gaps[1] - gaps[0]
+    file.write_text(json.dumps(found, indent=1))
+    told(f"{model}, {preset}, cross: {found}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Which sites and planes: measured on the very model, since none is best on all.
+
+Candidates are compared at one divergence (dial.py): the one that changes a gap most there is taken. Letters: V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_steer.calibrate import Mask, calibrate
+from edge_steer.calibrate.sums import Recorder, Step
+from edge_steer.contrast import Prompt, PromptSet
+from edge_steer.errors import SteerError
+from edge_steer.evaluate.dial import Dial, Divergence, dial_at, with_dials
+from edge_steer.evaluate.material import spread
+from edge_steer.evaluate.metrics import log_softmax, probe_gaps
+from edge_steer.evaluate.model import MeasuredModel, turn
+from edge_steer.sites import Architecture, architecture
+from edge_steer.steering import Operator, Steering
+
+PROBES = 8
+HELD_OUT = 8  # prompts a class, where there are no probes
+# Candidates that are measured in both directions; the others fell behind in the first.
+FINALISTS = 2
+# What is recorded so that every candidate can be made from it.
+SITES = "norms,layer_out"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice of sites and planes: what `calibrate` is asked for. `sites` as for Architecture.kinds_for."""
+
+    sites: str
+    plane: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.sites} {self.plane}"
+
+
+CANDIDATES = (
+    Candidate("attention", "local"),
+    Candidate("norms", "local"),
+    Candidate("layer_out", "shared"),
+    Candidate("layer_out", "local"),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A candidate's steering with its dials at one divergence, and how far each end moves the gap (None: not asked)."""
+
+    candidate: Candidate
+    steering: Steering
+    high: Dial
+    positive: float
+    low: Dial | None = None
+    negative: float | None = None
+
+    @property
+    def effect(self) -> float:
+        """The change of the gap from one end to the other; of one that was measured upward only, twice that."""
+        return self.positive * 2 if self.negative is None else self.positive - self.negative
+
+
+def kinds_of(candidate: Candidate, known: Architecture) -> tuple[str, ...]:
+    """The kinds of site that a candidate means in an architecture."""
+    if candidate.sites != "attention":
+        return known.kinds_for(candidate.sites)
+    return (known.attention_norm,) if known.attention_norm else known.kinds_for("pre")
+
+
+def measures(count: int = len(CANDIDATES)) -> int:
+    """How many `step` calls `choose` makes for so many candidates."""
+    return count + min(FINALISTS, count)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The prompts to calibrate on, and those held out to measure on where there are no probes."""
+
+    prompts: PromptSet
+    held_out: PromptSet | None
+
+    @classmethod
+    def of(cls, prompts: PromptSet) -> Material:
+        """Every fifth prompt of a class is held out, HELD_OUT at most; where there are few, the same serve both."""
+        if prompts.probes:
+            return cls(prompts, None)
+        if min(len(prompts.positive), len(prompts.negative)) < 10:
+            return cls(prompts, prompts.first(HELD_OUT))
+
+        def parted(side: tuple[Prompt, ...]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+            out = side[4::5][:HELD_OUT]
+            return tuple(each for number, each in enumerate(side) if number % 5 != 4 or number // 5 >= HELD_OUT), out
+
+        (positive, held_positive), (negative, held_negative) = parted(prompts.positive), parted(prompts.negative)
+        return cls(
+            replace(prompts, positive=positive, negative=negative),
+            replace(prompts, positive=held_positive, negative=held_negative),
+        )
+
+
+def candidates(
+    recorder: Recorder,
+    prompts: PromptSet,
+    *,
+    operator: Operator = "selective",
+    mask: Mask | None = None,
+    orthogonal_to: Sequence[PromptSet | Steering] = (),
+    step: Step,
+    note: Callable[[str], object],
+) -> dict[Candidate, Steering]:
+    """A steering for each candidate that the prompts allow; `note` is told of the others.
+
+    recorder: of SITES; hand in a Remembered one, and the prompts are run once. step: as for calibrate.
+    Raises SteerError where the prompts allow none.
+    """
+    steerings: dict[Candidate, Steering] = {}
+    known = architecture(recorder.base.architecture)
+    reasons = []
+    for candidate in CANDIDATES:
+        how: dict[str, Any] = {"plane": candidate.plane, "kinds": kinds_of(candidate, known)}
+        try:
+            steerings[candidate] = calibrate(
+                recorder, prompts, operator=operator, mask=mask, orthogonal_to=orthogonal_to, name=candidate.name,
+                step=step, **how,
+            )  # fmt: skip
+        except SteerError as error:
+            reasons.append(f"{candidate.name} is left out: {error}")
+            note(reasons[-1])
+    if not steerings:
+        raise SteerError(f"expected a choice of sites that these prompts allow, got none: {reasons[0]}")
+    return steerings
+
+
+def choose(
+    model: MeasuredModel, steerings: dict[Candidate, Steering], material: Material, *, measured: Step
+) -> tuple[Steering, list[Measurement]]:
+    """The steering that moves the gap most at one divergence, with its provisional range; and all that was measured,
+    the best first.
+
+    model: with all of `steerings`. measured: called with 1 after each of `measures()` measurements.
+    """
+    held_out = material.held_out
+    gap = _probe_gap(model, material.prompts) if held_out is None else _next_token_gap(model, held_out)
+    found = _measured(model, steerings, gap, measured)
+    best = found[0]
+    assert best.low is not None
+    steering = with_dials(best.steering, best.low, best.high)
+    made = replace(
+        steering.made,
+        candidates=tuple(each.candidate.name for each in found),
+        candidate_min=tuple(math.nan if each.low is None else each.low.angle for each in found),
+        candidate_max=tuple(each.high.angle for each in found),
+        candidate_negative=tuple(math.nan if each.negative is None else each.negative for each in found),
+        candidate_positive=tuple(each.positive for each in found),
+    )
+    return steering.with_(made=made), found
+
+
+def _measured(
+    model: MeasuredModel, steerings: dict[Candidate, Steering], gap: Callable[[], float], measured: Step
+) -> list[Measurement]:
+    """Every candidate upward; those that moved most also downward. The best first."""
+    divergence = Divergence(model)
+    turn(model, None, None)
+    off = gap()
+
+    def change(steering: Steering, dial: Dial) -> float:
+        turn(model, steering.name, dial.angle)
+        return gap() - off
+
+    upward = []
+    for candidate, steering in steerings.items():
+        high = dial_at(divergence, steering, 1)
+        upward.append(Measurement(candidate, steering, high, change(steering, high)))
+        measured(1)
+    upward.sort(key=lambda each: -each.effect)
+    both = []
+    for each in upward[:FINALISTS]:
+        low = dial_at(divergence, each.steering, -1, first=each.high.angle)
+        both.append(replace(each, low=low, negative=change(each.steering, low)))
+        measured(1)
+    turn(model, None, None)
+    return [*sorted(both, key=lambda each: -each.effect), *upward[FINALISTS:]]
+
+
+def _probe_gap(model: MeasuredModel, prompts: PromptSet) -> Callable[[], float]:
+    probes = spread(prompts.probes, PROBES)
+    return lambda: float(probe_gaps(model, probes).mean())
+
+
+def _next_token_gap(model: MeasuredModel, held_out: PromptSet) -> Callable[[], float]:
+    """How much likelier the model finds, after all held-out prompts, what it unsteered says next to positive ones than
+    what it says to negative ones: Σ (p₊ − p₋) log p over the vocabulary, mean over the prompts."""
+    prompts = (held_out.positive, held_out.negative)
+    tokens = [[model.text_tokens(model.chat_template.prompt_text(each)) for each in side] for side in prompts]
+
+    def expected(asked: Sequence[list[int]]) -> NDArray[np.float64]:
+        return np.stack([log_softmax(model.logits([*each, each[0]], len(each)))[0] for each in asked]).astype(float)
+
+    turn(model, None, None)
+    positive, negative = (np.exp(expected(side)).mean(0) for side in tokens)
+    return lambda: float((expected([*tokens[0], *tokens[1]]) @ (positive - negative)).mean())
+
+
+def table(found: Sequence[Measurement]) -> list[str]:
+    """What was measured, a line a candidate, the best first."""
+    lines = [f"  {'sites':<17} {'dial':>18}   change of the gap"]
+    for each in found:
+        low = "" if each.low is None else f"{each.low.angle:+.3g}"
+        ends = f"{each.positive:+.2f}" if each.negative is None else f"{each.negative:+.2f} / {each.positive:+.2f}"
+        lines.append(f"  {each.candidate.name:<17} {f'{low} … {each.high.angle:+.3g}':>18}   {ends}")
+    return lines
