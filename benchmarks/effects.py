@@ -56,7 +56,8 @@ RIVALS: dict[str, dict[str, Any]] = {
     "ablation": {"operator": "ablation", "kinds": ("layer_out",)},
 }
 REFUSAL = re.compile(
-    r"(?i)\b(i'?m sorry,? but|i am sorry,? but|i can(?:'|no)t (?:assist|help|provide|fulfil)|i'?m (?:not able|unable) to)"
+    r"(?i)\b(i'?m sorry,? but|i am sorry,? but|i can(?:'|no)t (?:assist|help|provide|fulfil)|"
+    r"i'?m (?:not able|unable) to)"
 )
 Cell = dict[str, Any]
 
@@ -90,7 +91,7 @@ def told(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# --- steerings ----------------------------------------------------------------------------------------------------------
+# --- steerings --------------------------------------------------------------------------------------------------------
 
 
 def steerings_of(model: str, preset: str, folder: Path, run: dict[str, Any]) -> list[Steering]:
@@ -141,7 +142,7 @@ def held_out_passages() -> tuple[str, ...]:
     return spread([each for each in passages if each not in used], PASSAGES)
 
 
-# --- effects ------------------------------------------------------------------------------------------------------------
+# --- effects ----------------------------------------------------------------------------------------------------------
 
 
 def effects(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ def sites_of(steering: Steering) -> str:
     return f"{'+'.join(kinds)} {steering.plane}"
 
 
-# --- texts --------------------------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
@@ -222,7 +223,9 @@ def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
             name: [score(judge, preset, prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
             for name, answers in found["texts"].items()
         }
-    found["refusals"] = {name: sum(bool(REFUSAL.search(each)) for each in all_) for name, all_ in found["texts"].items()}
+    found["refusals"] = {
+        name: sum(bool(REFUSAL.search(each)) for each in all_) for name, all_ in found["texts"].items()
+    }
     found["repetition"] = {
         name: float(np.mean([repetition(each) for each in all_])) for name, all_ in found["texts"].items()
     }
@@ -257,7 +260,7 @@ def positive(scores: Sequence[float]) -> float:
     return round(float(np.mean(np.array(scores) > 0)), 3)
 
 
-# --- what a preset does to the others' probes -----------------------------------------------------------------------------
+# --- what a preset does to the others' probes -------------------------------------------------------------------------
 
 
 def cross(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export import ggml
 from edge_steer.export.folding import EMBEDDING, HEAD, Changes, folding
-from edge_steer.export.readers import linear_actions
 from edge_steer.export.progress import Progress, no_progress
+from edge_steer.export.readers import linear_actions
 from edge_steer.sites import architecture
 from edge_steer.steering import BaseModel, Steering, metadata
 from edge_steer.whole_file import whole_file
@@ -325,9 +325,7 @@ def _write_file(
         writer.close()
 
 
-def _encoded(
-    name: str, weight: Weight, kind: GGMLQuantizationType, changes: Changes | None
-) -> Iterator[NDArray[Any]]:
+def _encoded(name: str, weight: Weight, kind: GGMLQuantizationType, changes: Changes | None) -> Iterator[NDArray[Any]]:
     for turned in weight.rows() if changes is None or name not in changes else changes.rows(name, weight.rows):
         if not np.isfinite(turned).all():
             raise FormatError(f"{name}: expected numbers, got NaN or infinity; is the checkpoint whole?")

@@ -35,8 +35,12 @@ def directory_of(gguf: Path, folder: Path, dtype: str) -> Path:
 
 
 def convert(
-    directory: Path, output: Path, *, pre: str | None = None,
-    steering: Sequence[tuple[Steering, float | None]] = (), **options: Any,
+    directory: Path,
+    output: Path,
+    *,
+    pre: str | None = None,
+    steering: Sequence[tuple[Steering, float | None]] = (),
+    **options: Any,
 ) -> Source:
     """`read` and `write` in one, with steerings folded in."""
     source, changes = baking(read(directory, pre=pre), steering)

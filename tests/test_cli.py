@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / file).write_text("\n".join(lines) + "\n")
     ran(
         "calibrate", "-m", folder / "llama.gguf", "--positive", folder / "p.txt", "--negative", folder / "n.txt",
-        "-o", folder / "mood.gguf", "--mask", "all", *ONE_THREAD,
+        "-o", folder / "mood.gguf", "--sites", "attn_norm", *ONE_THREAD,
     )  # fmt: skip
     return folder
 
@@ -97,9 +97,10 @@ def test_calibrate_writes_what_the_library_computes(place: Path) -> None:
 def test_calibrate_reads_a_hugging_face_directory(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "torch.gguf"
     ran("calibrate", "-m", place / "llama", "--positive", place / "p.txt", "--negative", place / "n.txt", "-o", out,
-        "--device", "cpu", "--batch-size", 3, "--mask", "all")  # fmt: skip
+        "--device", "cpu", "--batch-size", 3, "--sites", "attn_norm")  # fmt: skip
     found, native = Steering.load(out), Steering.load(place / "mood.gguf")
     assert found.made.recorder == "torch"
+    assert found.angle_max == pytest.approx(native.angle_max, rel=0.02)
     np.testing.assert_allclose(found.basis, native.basis, atol=2e-3)  # the GGUF was read with a half-precision cache
 
 
@@ -114,7 +115,8 @@ def test_calibrate_prints_the_path_alone_and_tells_of_sites_left_out(place: Path
     assert (made.name, made.operator, made.plane, made.made.positive_count) == ("joy", "standard", "global", 2)
     assert {site.kind for site in made.sites} == {"ffn_norm"}
     found = ran("calibrate", "-m", place / "llama.gguf", "--preset", "sentiment", "--limit", 2, "-o", out, "--force",
-                *ONE_THREAD)  # fmt: skip
+                "--sites", "attn_norm", "--no-dial", *ONE_THREAD)  # fmt: skip
+    assert np.isnan(Steering.load(out).angle)
     assert "note: blk.0.attn_norm is left out" in found.stderr
 
 
@@ -148,7 +150,9 @@ def test_inspect_as_json_holds_every_field_but_the_vectors(place: Path) -> None:
     assert [site["mask"] for site in found["sites"]] == steering.mask.tolist()
     np.testing.assert_allclose([site["separation"] for site in found["sites"]], steering.separation, rtol=1e-5)
     np.testing.assert_allclose([site["mean_norm"] for site in found["sites"]], steering.mean_norm, rtol=1e-5)
-    assert found["angle"] is None
+    assert found["angle"] == pytest.approx(steering.angle_max, rel=1e-5)
+    assert found["provisional"] is True
+    assert found["made"]["candidates"] == []
     assert found["base"]["tokenizer_sha256"] == steering.base.tokenizer_sha256
     assert found["made"]["positive_count"] == 4
 
@@ -255,7 +259,8 @@ def test_presets_and_models_are_listed_for_a_machine(tmp_path: Path, monkeypatch
 
 def test_the_whole_way_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     out = tmp_path / "happy.gguf"
-    ran("calibrate", "-m", smollm2, "--preset", "sentiment", "--limit", 8, "-o", out, "--ctx", 512, *ONE_THREAD)
+    how = ("--sites", "attn_norm", "--ctx", 512, *ONE_THREAD)
+    ran("calibrate", "-m", smollm2, "--preset", "sentiment", "--limit", 8, "-o", out, *how)
     assert "SmolLM2" in ran("inspect", out).stdout or "smollm2" in ran("inspect", out).stdout.lower()
     common = ["generate", "-m", smollm2, "-p", "How was your day?", "--json", "--max-tokens", 16, "--ctx", 512]
     plus, off = (json.loads(ran(*common, "-s", f"{out}:{angle}", *ONE_THREAD).stdout) for angle in (10, 0))

@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from directories import (  # noqa: E402
-    convert,
     TOKENS,
     assert_same_model,
+    convert,
     divergence,
     edit,
     nothing_left,

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 
 import tiny
 from directories import (
-    convert,
     TOKENS,
+    convert,
     divergence,
     edit,
     llama_logits,

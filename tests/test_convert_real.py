@@ -12,10 +12,17 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-from directories import directory_of, divergence, llama_logits, open_llama, tensors, values  # noqa: E402
+from directories import (  # noqa: E402
+    convert,
+    directory_of,
+    divergence,
+    llama_logits,
+    open_llama,
+    tensors,
+    values,
+)
 
 from edge_steer.contrast import neutral_passages  # noqa: E402
-from directories import convert  # noqa: E402
 from edge_steer.converters.same_tokens import TEXT  # noqa: E402
 from edge_steer.gguf_metadata import read_gguf  # noqa: E402
 

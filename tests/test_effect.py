@@ -1,28 +1,36 @@
-"""What a calibrated steering does to a real model: its probes move both ways, and plain prose stays about as likely."""
+"""What a calibrated steering does to a real model, straight after `calibrate`: its probes move both ways."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.contrast import load_preset, neutral_passages
-from edge_steer.evaluate.metrics import probe_gaps, text_log_probabilities
+from edge_steer.contrast import load_preset
+from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
+from edge_steer.evaluate.dial import TARGET, Divergence
+from edge_steer.evaluate.metrics import probe_gaps
 from edge_steer.runtime.llama import SteeredLlama
 
-ANGLE = 8.0  # that of the demo
 
-
-def test_sentiment_moves_the_probe_gap_both_ways_and_costs_little(smollm2: Path) -> None:
+def test_a_steering_works_right_after_calibration(smollm2: Path) -> None:
     one_thread = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
-    prompts = load_preset("sentiment")
-    steering = calibrate(NativeRecorder(smollm2, **one_thread), prompts)
+    prompts, notes = load_preset("sentiment"), list[str]()
+    engine = NativeEngine(str(smollm2), one_thread)
+    steering = calibrated(engine, prompts.first(32), Wishes(orthogonal_to=None), name="mood", note=notes.append)
+    assert steering.made.candidates[0] == "attention local"  # as measured best on this model
+    assert steering.made.orthogonal_to == ()  # it is not near refusing
+    assert len(steering.made.candidates) == 4
+    assert sum(map(math.isnan, steering.made.candidate_min)) == 2  # half of them were measured upward only
+    assert any("provisional range" in line for line in notes)
+    assert steering.provisional
+    assert steering.at_strength(1.0) == steering.angle == steering.angle_max
     llm = SteeredLlama(smollm2, steering=steering, angle=None, **one_thread)
-    gap, plain = {}, {}
-    for dial in (-ANGLE, None, ANGLE):
+    divergence = Divergence(llm)
+    for dial in (steering.angle_min, steering.angle_max):
+        assert 0.75 * TARGET < divergence.at("mood", dial) < 1.25 * TARGET
+    gap = {}
+    for dial in (steering.angle_min, None, steering.angle_max):
         llm.angle = dial
         gap[dial] = float(probe_gaps(llm, prompts.probes).mean())
-        plain[dial] = float(text_log_probabilities(llm, neutral_passages()[::8]).mean())
-    assert gap[ANGLE] - gap[None] >= 0.4
-    assert gap[-ANGLE] - gap[None] <= -0.4
-    assert min(plain[ANGLE], plain[-ANGLE]) > plain[None] - 0.5
+    assert gap[steering.angle_max] - gap[None] >= 0.4
+    assert gap[steering.angle_min] - gap[None] <= -0.4

@@ -12,9 +12,9 @@ from planted import DIAL, random_steering
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.export.baked import bake_gguf
-from edge_steer.export.folding import folding
 from edge_steer.export.control_vector import control_vector
 from edge_steer.export.embedded import embed
+from edge_steer.export.folding import folding
 from edge_steer.export.hf import bake_hf
 from edge_steer.export.lora import export_adapter, export_pair, products
 from edge_steer.export.peft import export_peft

@@ -151,7 +151,7 @@ def test_what_cannot_be_folded_is_one_line(tinies: dict[str, Any], tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-# --- LayerNorms, in numpy -----------------------------------------------------------------------------------------------
+# --- LayerNorms, in numpy ---------------------------------------------------------------------------------------------
 
 
 def layer_norm_model() -> tuple[Steering, dict[str, np.ndarray]]:

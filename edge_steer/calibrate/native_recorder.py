@@ -53,9 +53,7 @@ class NativeRecorder:
                 f"expected {len(prompts)} activations at {site}, got {counts.min()}: this graph has no such tensor; "
                 "run `edge-steer doctor -m MODEL` to see the sites it has"
             )
-        return ClassSums(
-            len(prompts), record.sum[self._at], record.sum_unit[self._at], record.sum_norm[self._at], rows
-        )
+        return ClassSums(len(prompts), record.sum[self._at], record.sum_unit[self._at], record.sum_norm[self._at], rows)
 
     def close(self) -> None:
         """Free the model."""

@@ -66,8 +66,8 @@ MASKS = ("site", "layer", "all")
     "--orthogonal-to",
     multiple=True,
     metavar="PRESET|FILE",
-    help="Project this preset's or steering's direction out; repeats; none for nothing.  [default: refusal, for another "
-    "preset on a model that is near refusing]",
+    help="Project this preset's or steering's direction out; repeats; none for nothing.  [default: refusal, for "
+    "another preset on a model that is near refusing]",
 )
 @click.option("--no-dial", is_flag=True, help="Leave out measuring a default angle and a provisional range.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N prompts of each side.")

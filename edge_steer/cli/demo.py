@@ -17,42 +17,38 @@ LONGEST = 40  # tokens of an answer
 
 
 @click.command()
-@click.option(
-    "--angle",
-    type=click.FloatRange(0, 180, min_open=True),
-    default=8.0,
-    show_default=True,
-    help="Degrees to turn each way.",
-)
 @options.run_options
-def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, seed: int) -> None:
+@click.option(
+    "-m", "--model", default=MODEL, show_default=True, metavar="MODEL", help="A .gguf file or a known model's name."
+)
+def demo(model: str, ctx: int | None, gpu_layers: int, threads: int | None, seed: int) -> None:
     """The whole way on a small model: gloomier, and more cheerful.
 
     Fetches SmolLM2-135M-Instruct (98 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
-    turned to −, off and +.
+    at both ends of the range that calibration measured, and off.
     """
     import shutil
     import textwrap
 
-    from edge_steer.calibrate import calibrate as compute
-    from edge_steer.calibrate import passes
-    from edge_steer.calibrate.native_recorder import NativeRecorder
     from edge_steer.cli.progress import bar
     from edge_steer.contrast import load_preset
+    from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
     from edge_steer.evaluate.metrics import probe_gaps
     from edge_steer.registry import cache_dir
     from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama
 
-    path, parameters = options.run_parameters(MODEL, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
+    path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
     prompts = load_preset(PRESET)
-    with bar("calibrating", passes(prompts)) as step:
-        steering = compute(NativeRecorder(path, **parameters), prompts, name=PRESET, step=step)
+    steering = calibrated(
+        NativeEngine(path, parameters), prompts, Wishes(orthogonal_to=None), name=PRESET, progress=bar
+    )
     kept = cache_dir() / f"demo-{PRESET}.gguf"
     steering.save(kept, force=True)
 
     llm = SteeredLlama(path, steering=steering, angle=None, **parameters)
-    dials = ((-angle, prompts.negative_name), (None, "off"), (angle, prompts.positive_name))
+    low, high = steering.angle_min, steering.angle_max
+    dials = ((low, prompts.negative_name), (None, "off"), (high, prompts.positive_name))
     gaps = {}
     with bar("measuring", len(dials)) as step:
         for dial, _ in dials:
@@ -68,16 +64,16 @@ def demo(angle: float, ctx: int | None, gpu_layers: int, threads: int | None, se
             llm.angle = dial
             answer = answered(llm, [{"role": "user", "content": prompt}], sampling)
             text = answer.text if answer.generated_tokens < LONGEST else _cut(answer.text)
-            head = f"  {'' if dial is None else f'{dial:+g}°':>5} {name:<9} "
+            head = f"  {'' if dial is None else f'{dial:+.3g}°':>6} {name:<9} "
             lines = textwrap.wrap(" ".join(text.split()), width - len(head)) or [""]
             click.echo(click.style(head, fg="cyan") + f"\n{' ' * len(head)}".join(lines))
     click.echo(
         f"\nMeasured on {len(prompts.probes)} probes, how much likelier {prompts.positive_name} answers became than "
         f"{prompts.negative_name} ones\n(change of the gap of their log-probabilities per token):"
     )
-    for dial in (-angle, angle):
-        click.echo(f"  {dial:+g}°  {gaps[dial] - gaps[None]:+.2f}")
-    click.echo(f"\nTalk to it, and turn the dial with /angle:\n  edge-steer chat -m {MODEL} -s {kept}:{angle:g}")
+    for dial in (low, high):
+        click.echo(f"  {dial:+.3g}°  {gaps[dial] - gaps[None]:+.2f}")
+    click.echo(f"\nTalk to it, and turn the dial with /angle:\n  edge-steer chat -m {model} -s {kept}")
 
 
 def _cut(text: str) -> str:

@@ -34,9 +34,10 @@ def as_record(steering: Steering) -> dict[str, Any]:
         "angle": _number(steering.angle),
         "angle_min": _number(steering.angle_min),
         "angle_max": _number(steering.angle_max),
+        "provisional": steering.provisional,
         "steered": len(steering.steered),
         "base": vars(steering.base),
-        "made": vars(steering.made),
+        "made": {name: _plain(value) for name, value in vars(steering.made).items()},
         "sites": [
             {
                 "site": site.name,
@@ -50,6 +51,10 @@ def as_record(steering: Steering) -> dict[str, Any]:
             for i, site in enumerate(steering.sites)
         ],
     }
+
+
+def _plain(value: Any) -> Any:
+    return [_number(each) if isinstance(each, float) else each for each in value] if isinstance(value, tuple) else value
 
 
 def _shown(value: float, form: str) -> str:
@@ -67,13 +72,18 @@ def _print(steering: Steering) -> None:
         "turns": f"{steering.negative} (−) to {steering.positive} (+)",
         "how": f"{steering.operator}, {steering.plane} planes, at {acts}",
         "model": f"{base.name or '–'} ({base.architecture}, {base.block_count} layers, width {base.embedding_length})",
-        "angle": f"{_shown(steering.angle, '+g')}{unit if not math.isnan(steering.angle) else ''}",
+        "angle": f"{_shown(steering.angle, '+.4g')}{unit if not math.isnan(steering.angle) else ''}",
         "range": "not measured; see `edge-steer sweep --write`"
         if math.isnan(steering.angle_min) and math.isnan(steering.angle_max)
-        else f"{_shown(steering.angle_min, '+g')} … {_shown(steering.angle_max, '+g')}{unit}",
+        else f"{_shown(steering.angle_min, '+.4g')} … {_shown(steering.angle_max, '+.4g')}{unit}"
+        + (", provisional; see `edge-steer sweep --write`" if steering.provisional else ""),
         "made": f"{made.date[:10] or '–'} by the {made.recorder or 'unknown'} recorder from {made.positive_count} + "
         f"{made.negative_count} prompts",
     }
+    if made.orthogonal_to:
+        rows["without"] = f"what it shares with {', '.join(made.orthogonal_to)}"
+    if made.candidates:
+        rows["chosen"] = f"{made.candidates[0]}, among {', '.join(made.candidates[1:]) or 'none other'}"
     if steering.operator == "adaptive":
         rows["threshold"] = f"{steering.threshold:g}"
     if steering.operator == "ablation":

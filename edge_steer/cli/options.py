@@ -37,7 +37,7 @@ steering_options = _all(
     ),
     click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
     click.option(
-        "--strength", type=click.FloatRange(-1, 1), help="Share of the measured safe range, instead of an angle."
+        "--strength", type=click.FloatRange(-1, 1), help="Share of the stored range, instead of an angle."
     ),
     click.option(
         "--scope", type=click.Choice(["all", "response"]), default="all", show_default=True,

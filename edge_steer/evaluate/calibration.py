@@ -180,7 +180,9 @@ def calibrated(
             if axes:
                 note("this model is near refusing: the direction of refusals is projected out (--orthogonal-to)")
         if wishes.auto:
-            return _chosen(engine, Remembered(recorder), prompts, replace(wishes, orthogonal_to=axes), name, progress, note)
+            return _chosen(
+                engine, Remembered(recorder), prompts, replace(wishes, orthogonal_to=axes), name, progress, note
+            )
         named = wishes.sites not in (None, "auto")
         with progress("recording", passes(prompts, axes)) as step:
             steering = calibrate(
@@ -217,9 +219,7 @@ def _chosen(
             orthogonal_to=axes, step=step, note=note,
         )  # fmt: skip
     with progress("choosing sites", choice.measures(len(steerings))) as measured:
-        steering, found = choice.choose(
-            engine.open(list(steerings.values())), steerings, material, measured=measured
-        )
+        steering, found = choice.choose(engine.open(list(steerings.values())), steerings, material, measured=measured)
     steering = steering.with_(name=prompts.name if name is None else name)
     for line in choice.table(found):
         note(line)

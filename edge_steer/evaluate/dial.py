@@ -62,7 +62,7 @@ class Divergence:
 
 
 def has_range(steering: Steering) -> bool:
-    """Whether a range around off can be measured: `ablation` has no dial, `standard` and `adaptive` turn to an angle."""
+    """Whether there is a range around off: `ablation` has no dial, `standard` and `adaptive` turn to an angle."""
     return steering.operator in _WITH_RANGE
 
 
@@ -103,7 +103,7 @@ def dial_at(
     assert best is not None
     if best.kl < 1e-5:
         raise NoEffectError(
-            f"steering {steering.name!r} changes nothing up to {best.angle:g}; calibrate it at other sites"
+            f"steering {steering.name!r} changes nothing up to {sign * angle:g}; calibrate it at other sites"
         )
     return best
 

@@ -44,9 +44,7 @@ def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return next(differ, min(len(one), len(other)))
 
 
-def answer_tokens(
-    llm: MeasuredModel, prompt: str, answer: str, system: str | None = None
-) -> tuple[list[int], int]:
+def answer_tokens(llm: MeasuredModel, prompt: str, answer: str, system: str | None = None) -> tuple[list[int], int]:
     """Tokens of a prompt with an answer, as the model would have written it, and where the answer starts."""
     head_messages = [] if system is None else [{"role": "system", "content": system}]
     text = llm.chat_template.render([*head_messages, {"role": "user", "content": prompt}])

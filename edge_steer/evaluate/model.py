@@ -70,4 +70,3 @@ def turn(model: MeasuredModel, name: str | None, dial: float | None) -> None:
     model.angles.update(dict.fromkeys(model.angles))
     if name is not None:
         model.angles[name] = dial
-

@@ -58,22 +58,23 @@ class Gauge:
         return self.budget.allows(self.whole(dial), self.off)
 
 
-def search(gauge: Gauge, operator: Operator, effort: Effort) -> float:
+def search(gauge: Gauge, operator: Operator, effort: Effort, step: float | None = None) -> float:
     """Measure a curve where it matters. Returns the centre of its range: the dial that changes least, 0 where 0 is off.
 
-    `standard` and `adaptive` turn to an angle: their circle is looked over first for where it hurts least. `ablation`
-    has one position.
+    step: how far from the centre to look first; None: the effort's, on the dial's scale. `standard` and `adaptive` turn
+    to an angle: their circle is looked over first for where it hurts least. `ablation` has one position.
     """
     if operator == "ablation":
         gauge.allowed(1.0)
         return 1.0
     turns_to = operator in ("standard", "adaptive")
     unit, most = (_PER_DEGREE, 2.0) if operator == "addition" else (1.0, 180.0)
+    step = effort.step * unit if step is None else step
     centre = _calmest(gauge) if turns_to else 0.0
     if turns_to and not gauge.allowed(centre):
         return centre
     for sign in (-1, 1):
-        _side(gauge, effort, centre, sign, effort.step * unit, most)
+        _side(gauge, effort, centre, sign, step, most)
     return centre
 
 

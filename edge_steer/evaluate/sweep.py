@@ -56,15 +56,16 @@ class Curve:
 
 def with_range(curve: Curve) -> Steering:
     """The steering with its safe range stored, and half of its positive end (or negative, where that is 0) as default
-    dial where it has none.
+    dial where it has none but a provisional one.
 
     Raises SteerError where no position but off is within the budget.
     """
     steering, within = curve.steering, curve.within
     if within is None or within.low == within.high:
         raise SteerError(f"steering {steering.name!r}: expected a safe range to store, got none within the budget")
-    default = (within.high or within.low) / 2 if math.isnan(steering.angle) else steering.angle
-    return steering.with_(angle_min=within.low, angle_max=within.high, angle=default)
+    given = not math.isnan(steering.angle) and not steering.provisional
+    default = steering.angle if given else (within.high or within.low) / 2
+    return steering.with_(angle_min=within.low, angle_max=within.high, angle=default, provisional=False)
 
 
 def settings(model: Path, material: Material, steerings: Sequence[Steering], scope: str) -> dict[str, Any]:
@@ -117,7 +118,9 @@ class Sweep:
             for dial in dials:
                 gauge.whole(dial)
         else:
-            centre = search(gauge, steering.operator, effort)
+            # How large a dial is differs by model; calibration has measured it.
+            step = min(-steering.angle_min, steering.angle_max) if steering.provisional else None
+            centre = search(gauge, steering.operator, effort, step)
             for _ in range(effort.bends):
                 bend = sharpest_bend(self.points(steering), off, self.budget)
                 if bend is not None:

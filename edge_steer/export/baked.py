@@ -1,4 +1,4 @@
-"""Steerings folded into a GGUF's weights: every tensor that the folding changes is written anew, all else byte for byte.
+"""Steerings folded into a GGUF's weights: tensors that the folding changes are written anew, all else byte for byte.
 
 A quantized weight is written back in its own type by llama.cpp's quantizer, which rounds it a second time; the report
 says by how much.

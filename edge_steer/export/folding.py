@@ -62,9 +62,11 @@ class Reads:
 
     def right(self, gain: Floats | None = None) -> Floats:
         """(r, d): what follows the core; with another norm weight g′ in place of g where `gain` is given."""
+        at = [] if self.at is None else [self.at.span]
+        if self.stream is None or self.gain is None:
+            return np.concatenate(at)
         new = self.gain if gain is None else gain
-        at = [] if self.at is None else [self.at.span if self.gain is None else self.at.span * (self.gain / new)]
-        return np.concatenate([*at, *([] if self.stream is None else [self.stream.span / new])])
+        return np.concatenate([*(span * (self.gain / new) for span in at), self.stream.span / new])
 
     def core(self, actions: Actions) -> Floats:
         """(r, r): (I + NᵀKN)(I + LᵀGS/g) = I + [N; L]ᵀ [[K, K N Lᵀ G], [0, G]] [N; S/g], with L = S diag(g)."""
@@ -113,7 +115,9 @@ class Folding:
     @property
     def in_stream(self) -> bool:
         """Whether the residual stream itself is turned."""
-        return any(isinstance(part, Writes) or (isinstance(part, Reads) and part.stream) for part in self.parts.values())
+        return any(
+            isinstance(part, Writes) or (isinstance(part, Reads) and part.stream) for part in self.parts.values()
+        )
 
     @property
     def weights(self) -> dict[str, Reads | Writes]:
@@ -311,8 +315,9 @@ class Changes:
         if not gain.all():
             raise SteerError(f"expected {part.weight} without zeros to fold a rotation into {name}, found one")
         stream = part.stream
-        turned = Factor(stream.span, stream.core(self.actions), stream.span).turn((self.norm(name) / gain)[None])
-        return new * turned[0].astype(np.float64)  # (Tᵀ x)ᵀ = xᵀ T
+        bias = self.norm(name) / gain
+        turned: Floats = bias + (bias @ stream.span.T) @ stream.core(self.actions) @ stream.span  # (Tᵀ x)ᵀ = xᵀ T
+        return new * turned
 
 
 def written(span: Floats, core: Floats, blocks: Blocks) -> Iterator[Float32s]:

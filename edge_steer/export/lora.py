@@ -1,8 +1,8 @@
 """GGUF adapters: the same steering on unmodified llama.cpp, exact because the operator is linear.
 
 Every weight that a folding changes takes a change of low rank, B core(dials) A: lora_a = A does not depend on the
-dials, lora_b = B core does. W is dequantized from the very GGUF the adapter is for. `adapter.lora.alpha` is 0: llama.cpp
-then takes a scale as given. Letters: d model width, m outputs of a weight, E experts, r rank.
+dials, lora_b = B core does. W is dequantized from the very GGUF the adapter is for. `adapter.lora.alpha` is 0:
+llama.cpp then takes a scale as given. Letters: d model width, m outputs of a weight, E experts, r rank.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
-from edge_steer.export.factors import Actions
-from edge_steer.export.folding import Floats, Halves, Reads, Writes, check_adapter, core_at, fold_gguf, halves
+from edge_steer.export.factors import Actions, Floats
+from edge_steer.export.folding import Halves, Reads, Writes, check_adapter, core_at, fold_gguf, halves
 from edge_steer.export.gguf_bytes import map_model, text, write_float32
 from edge_steer.export.lora_notes import modelfile, notes
 from edge_steer.export.progress import Progress, no_progress
@@ -145,8 +145,8 @@ def export_pair(
         source = products(read_model(model_path), [steering], progress)
         if source.turns > 1:
             raise SteerError(
-                f"steering {steering.name!r} turns the residual stream behind {len(steering.steered)} blocks, one after "
-                "another, which no pair gives at every angle; give an angle (-s FILE:ANGLE), or calibrate one block "
+                f"steering {steering.name!r} turns the residual stream behind {len(steering.steered)} blocks, one "
+                "after another, which no pair gives at every angle; give an angle (-s FILE:ANGLE), or calibrate one block "
                 "(--layers)"
             )
         # R(θ) − I = (cosθ − 1) SᵀS + sinθ SᵀJS

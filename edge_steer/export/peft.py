@@ -48,8 +48,8 @@ def export_peft(
     core = core_at(actions)
     tensors: dict[str, NDArray[np.float32]] = {}
     with whole_folder(out, source.folder, force=force) as part, progress("reading weights", len(modules)) as step:
-        for module, (tensor, name) in modules.items():
-            both = halves(name, folded.weights[name], partial(blocks_of, tensor))
+        for module, (weight, name) in modules.items():
+            both = halves(name, folded.weights[name], partial(blocks_of, weight))
             stem = f"base_model.model.{module}"
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = both.a, both.lora_b(core)
             step(1)

@@ -16,7 +16,7 @@ from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import ModelFile
 from edge_steer.rotation import Action
 from edge_steer.runtime.native import Hook
-from edge_steer.sites import Site
+from edge_steer.sites import OUTER_KINDS, Site
 from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
@@ -166,10 +166,14 @@ def _without_warnings(*, verbose: bool) -> Iterator[None]:
 
 
 def choose_engine(name: EngineName, steerings: Sequence[Steering], *, offloaded: bool) -> Literal["hook", "lora"]:
-    """`auto` is the hook, unless every layer is on a GPU and every operator is linear."""
+    """`auto` is the hook, unless every layer is on a GPU, every operator is linear, and all turn at norms before the
+    head: what turns the residual stream changes every weight of a block, and a tied head takes no adapter."""
     if name not in ENGINES:
         raise SteerError(f"expected the engine {', '.join(ENGINES)}, got {name!r}")
     if name != "auto":
         return name
-    linear = bool(steerings) and all(each.operator in ("selective", "ablation") for each in steerings)
+    linear = bool(steerings) and all(
+        each.operator in ("selective", "ablation") and not any(site.kind in OUTER_KINDS for site in each.steered)
+        for each in steerings
+    )
     return "lora" if offloaded and linear else "hook"

@@ -15,7 +15,7 @@ from edge_steer.whole_file import whole_file
 HELP = """\
 /angle 8         turn the dial (the coefficient for addition); acts from the next token on
 /angle NAME -5   turn one of several dials
-/strength 0.5    turn the dial to a share of the measured safe range, from -1 to 1
+/strength 0.5    turn the dial to a share of the stored range, from -1 to 1
 /off             all dials off
 /compare TEXT    answer TEXT at −, off and +, same seed; not remembered
                  (at the ends of the safe range where one was measured, else at the last angle and its opposite)

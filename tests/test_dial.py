@@ -1,0 +1,119 @@
+"""The dial that calibration measures: at a known divergence, whatever the model's scale, and on both engines alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import random_steering
+
+from edge_steer.contrast import Prompt, PromptSet
+from edge_steer.errors import NoEffectError
+from edge_steer.evaluate.calibration import NativeEngine, TorchEngine, Wishes, calibrated
+from edge_steer.evaluate.choice import CANDIDATES, Material, table
+from edge_steer.evaluate.dial import CLOSE, TARGET, Dial, dial_at, with_dials
+from edge_steer.sites import Site
+from edge_steer.steering import BaseModel, Operator
+
+BASE = BaseModel("llama", "m", 4, 32)
+PROMPTS = PromptSet(
+    "mood", "", "love", "hate",
+    *(tuple(Prompt(f"I {word} {thing}") for thing in ("tea", "the sun", "rain", "old books", "maps", "a walk", "trains",
+      "winter", "my town", "soup", "Mondays", "paint")) for word in ("love", "hate")),
+)  # fmt: skip
+
+
+class Growing:
+    """A divergence that grows as a power of the angle: TARGET at `scale`, at most `limit`."""
+
+    def __init__(self, scale: float, power: float = 1.5, limit: float = math.inf) -> None:
+        self.scale, self.power, self.limit = scale, power, limit
+        self.asked: list[float] = []
+
+    def at(self, name: str, angle: float) -> float:
+        self.asked.append(angle)
+        return min(TARGET * (abs(angle) / self.scale) ** self.power, self.limit)
+
+
+def steering(kind: str = "layer_out", operator: Operator = "selective") -> Any:
+    return random_steering(BASE, [Site(layer, kind) for layer in (2, 3)], operator)
+
+
+@pytest.mark.parametrize("kind", ["layer_out", "attn_norm"])
+@pytest.mark.parametrize("power", [1.0, 1.3, 2.0])
+@pytest.mark.parametrize("scale", [0.05, 0.4, 3.0, 12.0, 80.0])
+def test_the_dial_is_found_over_three_orders_of_magnitude(scale: float, power: float, kind: str) -> None:
+    for sign in (-1, 1):
+        divergence: Any = Growing(scale, power)
+        found = dial_at(divergence, steering(kind), sign)
+        assert math.copysign(1, found.angle) == sign
+        assert TARGET / (1 + CLOSE) <= found.kl <= TARGET * (1 + CLOSE)
+        assert len(divergence.asked) <= 8
+
+
+def test_another_target_and_the_scale_of_additions() -> None:
+    found = dial_at(Growing(3.0), steering(), 1, target=0.25)  # type: ignore[arg-type]
+    assert 0.25 / (1 + CLOSE) <= found.kl <= 0.25 * (1 + CLOSE)
+    divergence: Any = Growing(0.03)
+    found = dial_at(divergence, steering(operator="addition"), 1)
+    assert divergence.asked[0] == pytest.approx(1.5 * math.tan(math.radians(1)))
+    assert TARGET / (1 + CLOSE) <= found.kl <= TARGET * (1 + CLOSE)
+
+
+def test_a_turn_that_never_costs_so_much_ends_at_a_right_angle() -> None:
+    assert abs(dial_at(Growing(500.0), steering("attn_norm"), -1).angle) == 90  # type: ignore[arg-type]
+    with pytest.raises(NoEffectError, match="changes nothing up to 90"):
+        dial_at(Growing(1.0, limit=0.0), steering("attn_norm"), 1)  # type: ignore[arg-type]
+
+
+def test_the_range_is_stored_as_provisional_and_its_upper_end_as_default() -> None:
+    made = with_dials(steering(), Dial(-1.23456, 0.08), Dial(2.34567, 0.08))
+    assert (made.angle, made.angle_min, made.angle_max) == pytest.approx((2.35, -1.23, 2.35), rel=1e-6)
+    assert made.provisional
+    assert made.default_dial() == made.at_strength(1.0)
+
+
+def test_own_prompts_are_held_out_to_measure_on() -> None:
+    material = Material.of(PROMPTS)
+    assert material.held_out is not None
+    assert (len(material.prompts.positive), len(material.held_out.positive)) == (10, 2)
+    assert not set(material.prompts.positive) & set(material.held_out.positive)
+    few = Material.of(PROMPTS.first(4))
+    assert few.prompts.positive == few.held_out.positive  # type: ignore[union-attr]
+
+
+def test_both_engines_choose_alike(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import tiny
+
+    model = tiny.build("llama", tmp_path)
+    run = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
+    native = calibrated(NativeEngine(str(model.gguf_path), run), PROMPTS)
+    torch = calibrated(TorchEngine(str(model.hf_dir), {"device": "cpu"}), PROMPTS)
+    assert native.made.candidates == torch.made.candidates
+    assert set(native.made.candidates) == {each.name for each in CANDIDATES}
+    assert native.made.candidate_max == pytest.approx(torch.made.candidate_max, rel=0.05)
+    assert native.made.candidate_positive == pytest.approx(torch.made.candidate_positive, rel=0.2, abs=1e-3)
+    assert native.angle_max == pytest.approx(torch.angle_max, rel=0.05)
+
+
+def test_what_is_given_is_not_measured(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import tiny
+
+    model = tiny.build("qwen2", tmp_path)
+    run = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
+
+    def made(**wishes: Any) -> Any:
+        return calibrated(NativeEngine(str(model.gguf_path), run), PROMPTS, Wishes(**wishes))
+
+    shared = made(plane="shared", layers=(1, 2))
+    assert (shared.plane, {site.kind for site in shared.sites}, shared.made.candidates) == ("shared", {"layer_out"}, ())
+    assert shared.provisional
+    assert {site.kind for site in made(sites="norms", dial=False).sites} == {"attn_norm", "ffn_norm", "output_norm"}
+    assert math.isnan(made(dial=False).angle)
+    assert math.isnan(made(operator="standard").angle)
+    assert made(operator="addition").made.candidates
+    assert table([]) != []
