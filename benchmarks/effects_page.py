@@ -125,8 +125,8 @@ def texts_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
         "",
         "24 prompts that are in no preset, answered greedily in 32 tokens at both ends of the budget, at half and off. "
         "Judged by Qwen2.5-Coder-1.5B, unsteered: the share of answers whose log-odds of yes over no are higher for "
-        "the positive end's name than for the negative's (\"Is the tone of this answer cheerful? Say yes or no.\"). *Wrong "
-        "way*: the share of answers at an end whose score moved against the turn. Refusals are counted by their "
+        "the positive end's name than for the negative's (\"Is the tone of this answer cheerful? Say yes or no.\"). "
+        "*Wrong way*: the share of answers at an end whose score moved against the turn. Refusals are counted by their "
         "phrases, repetition is the share of repeated 4-grams.",
         "",
         "| model | preset | judged positive at −1 | −½ | off | +½ | +1 | wrong way − / + | refusals − / off / + | "

@@ -146,8 +146,8 @@ def export_pair(
         if source.turns > 1:
             raise SteerError(
                 f"steering {steering.name!r} turns the residual stream behind {len(steering.steered)} blocks, one "
-                "after another, which no pair gives at every angle; give an angle (-s FILE:ANGLE), or calibrate one block "
-                "(--layers)"
+                "after another, which no pair gives at every angle; give an angle (-s FILE:ANGLE), or calibrate one "
+                "block (--layers)"
             )
         # R(θ) − I = (cosθ − 1) SᵀS + sinθ SᵀJS
         write_adapter(parts[0], source, lambda _: np.eye(2), f"{steering.name}: scale it by cos(angle) - 1")
