@@ -65,7 +65,7 @@ Cell = dict[str, Any]
 @click.command()
 @click.option("--models", default=MODELS, show_default=True)
 @click.option("--presets", default=",".join(preset_names()), show_default=True)
-@click.option("--parts", default="effects,texts,cross", show_default=True)
+@click.option("--parts", default="effects,texts,cross,candidates", show_default=True)
 @click.option("--work", default="build/effects", show_default=True, help="Where measurements are kept.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--page", is_flag=True, help="Measure nothing; write the page.")
@@ -74,7 +74,7 @@ def main(models: str, presets: str, parts: str, work: str, threads: int, page: b
     top = Path(work)
     run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
     measure: dict[str, Callable[[str, str, Path, dict[str, Any]], None]] = {
-        "effects": effects, "texts": texts, "cross": cross,
+        "effects": effects, "texts": texts, "cross": cross, "candidates": candidates,
     }  # fmt: skip
     for part in [] if page else parts.split(","):
         for preset in presets.split(","):
@@ -281,6 +281,32 @@ def cross(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
             found[other] = gaps[1] - gaps[0]
     file.write_text(json.dumps(found, indent=1))
     told(f"{model}, {preset}, cross: {found}")
+
+
+# --- was the quick choice right ---------------------------------------------------------------------------------------
+
+
+def candidates(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
+    """Every candidate at the budget, on what calibration did not measure on."""
+    file = folder / "candidates.json"
+    if file.exists() or not (folder / "effects.json").exists():
+        return
+    ours = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
+    axes = [load_preset(name) for name in ours.made.orthogonal_to]
+    with closing(NativeRecorder(resolve(model, fetch=True), sites=choice.SITES, **run)) as recorder:
+        made = choice.candidates(
+            Remembered(recorder), load_preset(preset), orthogonal_to=axes, step=lambda _: None, note=told
+        )
+    probes, found = held_out_probes(preset, PROBES), {}
+    with closing(opened(model, list(made.values()), run)) as llm:
+        divergence = Divergence(llm, held_out_passages())
+        turn(llm, None, None)
+        off = probe_gaps(llm, probes)
+        for candidate, steering in made.items():
+            ends = [end(llm, divergence, steering, probes, off, sign) for sign in (-1, 1)]
+            found[candidate.name] = ends[1]["effect"] - ends[0]["effect"]
+    file.write_text(json.dumps(found, indent=1))
+    told(f"{model}, {preset}, candidates: {found}")
 
 
 if __name__ == "__main__":

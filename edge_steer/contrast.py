@@ -2,11 +2,11 @@
 
 Tokens. Both recorders and generation must see the same ones, so a rendered text is tokenized in one way:
 
-    llama.cpp     llm.tokenize(text.encode(), add_bos=not template.starts_with_bos(text), special=True)
-    transformers  tokenizer(text, add_special_tokens=not template.starts_with_bos(text))
+    llama.cpp     SteeredLlama.text_tokens
+    transformers  TorchRecorder.text_tokens
 
 Most templates write the BOS themselves and must not get another; where the text has none, the tokenizer adds its own,
-if it is one that does.
+if it is one that does. Nothing else that it may add belongs to a prompt: an EOS behind it would end the answer.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ from edge_steer.errors import FormatError, SteerError, shown
 PRESETS = Path(__file__).parent / "presets"
 PROMPT_KEYS = ("prompt", "system", "prefix")
 LONGEST_LINE = 100_000  # characters
+_LOPSIDED = 10  # times as many prompts on one side as on the other
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0]"
+)
 LARGEST_FILE = 1 << 28  # bytes: what looks like no more than a file may be a hole of a terabyte
 
 # Contents are stripped: a model begins its answer with a space of its own, and two would be other tokens than it wrote.
@@ -61,11 +65,15 @@ def _check_text(what: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user says, the system message over it, how the answer begins. Raises FormatError where one is blank."""
+    """What a user says, the system message over it, how the answer begins. Raises FormatError where one is blank.
+
+    origin: the file and line that it comes from, where it comes from one.
+    """
 
     prompt: str
     system: str | None = None
     prefix: str | None = None
+    origin: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in PROMPT_KEYS:
@@ -115,6 +123,25 @@ class PromptSet:
         if Counter(self.positive) == Counter(self.negative):
             raise SteerError(f"prompts {self.name!r}: the two sides are the same; give two that differ")
 
+    def warnings(self) -> list[str]:
+        """What makes a steering of these prompts doubtful, a line each."""
+        found = []
+        sides = {"positive": self.positive, "negative": self.negative}
+        for name, side in sides.items():
+            if len(side) == 1:
+                found.append(f"one {name} prompt: the direction is that of its words; give some twenty")
+            if blank := [prompt for prompt in side if not _INVISIBLE.sub("", prompt.prompt).strip()]:
+                found.append(f"{len(blank)} {name} prompts look blank (such as {blank[0].prompt!a})")
+        counts = sorted(map(len, sides.values()))
+        if counts[1] >= _LOPSIDED * counts[0] and counts[0] > 1:
+            found.append(
+                f"{len(self.positive)} positive prompts against {len(self.negative)}: give about as many of each"
+            )
+        if both := set(self.positive) & set(self.negative):
+            some = shown(min(each.prompt for each in both))
+            found.append(f"{len(both)} prompts are on both sides (such as {some}), where they cancel out")
+        return found
+
     def first(self, count: int) -> PromptSet:
         """The first `count` prompts of each side."""
         return replace(self, positive=self.positive[:count], negative=self.negative[:count])
@@ -151,7 +178,7 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     prompts = []
     for number, record in read(path):
         _check_keys(path, number, record)
-        prompts.append(_made(Prompt, path, number, record))
+        prompts.append(replace(_made(Prompt, path, number, record), origin=f"{path}:{number}"))
     if not prompts:
         raise FormatError(f"{path}: expected prompts, got none; write at least one")
     return tuple(prompts)

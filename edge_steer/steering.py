@@ -227,6 +227,11 @@ class Steering:
             case "addition":
                 return Add(dial) if dial != 0 else None
 
+    @property
+    def has_default(self) -> bool:
+        """Whether there is a dial to use where none is given."""
+        return self.operator == "ablation" or not math.isnan(self.angle)
+
     def default_dial(self) -> float:
         """The dial to use where none is given. Raises SteerError where the file has none."""
         if self.operator == "ablation":

@@ -15,9 +15,12 @@ from edge_steer.errors import SteerError
 def whole_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A path beside `path` to write to; it becomes `path` where the block ends well and is removed where it does not.
 
+    A link stays one: what it leads to is written.
+
     Raises SteerError where `path` exists and `force` is not given, where it is no regular file (a device must not be
     replaced), and where the system refuses to write.
     """
+    path = path.resolve() if path.is_symlink() else path
     part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         if path.exists() and not path.is_file():

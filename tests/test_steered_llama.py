@@ -91,9 +91,13 @@ def test_a_value_a_path_and_several_steerings_are_accepted(model: Path, tmp_path
         SteeredLlama(model, steering=[one, one.with_(angle=1.0)], angles={"one": 3}, **ONE_THREAD)
 
 
-def test_no_dial_anywhere_is_an_error(model: Path) -> None:
-    with pytest.raises(SteerError, match="no default angle"):
-        SteeredLlama(model, steering=steering_for(model), **ONE_THREAD)
+def test_without_a_dial_anywhere_it_loads_at_off_and_says_so(model: Path) -> None:
+    with pytest.warns(UserWarning, match="has no default angle, so it is off"):
+        llm = SteeredLlama(model, steering=steering_for(model), **ONE_THREAD)
+    assert llm.angle is None
+    llm.angle = 30
+    llm.eval([256, 40])
+    assert llm.sites_hit
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), True])

@@ -42,7 +42,10 @@ class NativeRecorder:
         record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
         rows = np.empty((min(len(prompts), KEPT), len(self.sites), self.base.embedding_length), np.float32)
         for number, prompt in enumerate(prompts):
-            self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt)), record)
+            try:
+                self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt)), record)
+            except SteerError as error:
+                raise SteerError(f"{prompt.origin or f'prompt {number + 1}'}: {error}") from None
             if number < len(rows):
                 rows[number] = record.rows[self._at]
             step(1)

@@ -118,8 +118,13 @@ class TorchRecorder:
         return sum(map(ClassSums.of, batches), start=ClassSums.of(none))
 
     def text_tokens(self, text: str) -> list[int]:
-        """Tokens of a rendered text; a BOS that it does not bear is added where the tokenizer adds one."""
-        return list(self.tokenizer(text, add_special_tokens=not self.template.starts_with_bos(text))["input_ids"])
+        """Tokens of a rendered text; a BOS that it does not bear is added where the tokenizer adds one, and nothing
+        else that it may add, such as an EOS."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.template.starts_with_bos(text):
+            return ids
+        whole, bos = self.tokenizer(text)["input_ids"], self.tokenizer.bos_token_id
+        return [bos, *ids] if bos is not None and whole[:1] == [bos] and ids[:1] != [bos] else ids
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         ids = self.text_tokens(self.template.prompt_text(prompt))

@@ -127,7 +127,7 @@ def calibrate(
 
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
-    target = options.output_path(output, force)
+    target = options.output_path(output, force, model, positive, negative, *orthogonal_to)
     if preset is not None:
         prompts = load_preset(preset)
     elif positive is not None and negative is not None:

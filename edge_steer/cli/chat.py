@@ -43,15 +43,18 @@ def chat(
     from contextlib import suppress
     from functools import partial
 
+    from edge_steer.errors import SteerError
     from edge_steer.runtime.chat import Chat
     from edge_steer.runtime.repl import Repl
 
+    if sys.stdin is None:
+        raise SteerError("expected standard input to read from, got it closed")
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc,
     )  # fmt: skip
     note = partial(click.echo, err=True)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
 
     def read() -> str:
         if interactive:
@@ -63,7 +66,7 @@ def chat(
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line
+        return line.removeprefix("\ufeff")  # the mark that some editors and shells put first
 
     repl = Repl(
         Chat(llm, options.sampling(seed=seed, **sampling), system, note=note),

@@ -44,13 +44,14 @@ def convert(
     from edge_steer.cli.progress import bar
     from edge_steer.converters.convert import baking, read, write
     from edge_steer.errors import SteerError
-    from edge_steer.runtime.dials import named_steerings
+    from edge_steer.runtime.dials import named_steerings, split_dial
 
     if embed and not steering:
         raise click.UsageError("--embed puts a steering into the file; give one with -s FILE")
     target = Path(output)
     if target.exists() and not force:
         raise SteerError(f"{target} exists; give --force to overwrite it, or another -o")
+    options.check_not_an_input([target], *(split_dial(each)[0] for each in steering), *Path(directory).glob("*"))
     steerings, dials = named_steerings(steering)
     source = read(directory, pre=pre)
     dialled = [(each, dials[each.name]) for each in steerings]

@@ -74,8 +74,19 @@ def export(
         kinds = ("a Hugging Face directory", "a GGUF")
         wanted, got = kinds if wants_folder else kinds[::-1]
         raise SteerError(f"expected {wanted} for --to {to}, got {got} at {path}")
+    if not wants_folder:
+        _check_outputs(output, to, path, steering)
     for written in _write(to, path, Path(output), steerings, steered_type, force):
         click.echo(written)
+
+
+def _check_outputs(output: str, to: str, model: Path, steering: tuple[str, ...]) -> None:
+    from edge_steer.export.lora import stem
+    from edge_steer.runtime.dials import split_dial
+
+    endings = (".gguf", ".Modelfile", "-cos.gguf", "-sin.gguf", ".md") if to == "lora" else ()
+    outputs = [Path(f"{stem(output)}{ending}") for ending in endings] or [Path(output)]
+    options.check_not_an_input(outputs, model, *(split_dial(each)[0] for each in steering))
 
 
 def _given(arguments: tuple[str, ...], angle: float | None) -> list[tuple[Steering, float | None]]:

@@ -53,6 +53,8 @@ def generate(
     )  # fmt: skip
     say = silent if as_json else partial(click.echo, nl=False)
     answer = answered(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
+    if not answer.generated_tokens:
+        options.note("the answer is empty: the model ended it with its first token")
     if not as_json:
         click.echo()
         return
@@ -75,7 +77,9 @@ def _standard_input() -> str:
 
     from edge_steer.errors import SteerError
 
+    if sys.stdin is None:
+        raise SteerError("expected a prompt on standard input, got it closed; give one with -p")
     try:
-        return sys.stdin.buffer.read().decode().strip()
+        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise SteerError("expected UTF-8 on standard input, got other bytes; convert it first") from None

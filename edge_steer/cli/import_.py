@@ -33,7 +33,7 @@ def import_(source: str, model: str, output: str, name: str | None, force: bool)
     from edge_steer.importing import import_steering
     from edge_steer.registry import resolve
 
-    target = options.output_path(output, force)
+    target = options.output_path(output, force, source, model)
     with fetching(model) as progress:
         path = resolve(model, fetch=True, progress=progress)
     steering = import_steering(source, path, name=name or target.stem)

@@ -122,7 +122,7 @@ def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
     if plot is not None:
         from edge_steer.evaluate.plots import layer_map
 
-        path = options.output_path(plot, force)
+        path = options.output_path(plot, force, file)
         layer_map(steerings, path, force=force)
         options.note(f"wrote {path}")
     if as_json:

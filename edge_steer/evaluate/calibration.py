@@ -172,6 +172,8 @@ def calibrated(
     wishes = wishes or Wishes()
     with closing(engine):
         recorder = engine.recorder(wishes.recorded)
+        for line in prompts.warnings():
+            note(line)
         if engine.uses_plain_template():
             note('this model has no chat template; prompts are put as "{prompt}\\nAnswer:"')
         axes = wishes.orthogonal_to

@@ -49,7 +49,10 @@ class Material:
     @property
     def sha256(self) -> str:
         """Hash of all of it: figures from other material are other figures."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        texts = asdict(self)
+        for prompt in (*texts["positive"], *texts["negative"]):
+            del prompt["origin"]
+        return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
 def material(amounts: Amounts, probes: Sequence[Probe] = (), held_out: PromptSet | None = None) -> Material:

@@ -50,7 +50,7 @@ class TorchModel:
         return self._recorder.text_tokens(text)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        return list(self._recorder.tokenizer(text.decode(), add_special_tokens=add_bos)["input_ids"])
+        return self._recorder.text_tokens(text.decode())
 
     def logits(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         import torch

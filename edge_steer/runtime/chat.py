@@ -113,8 +113,7 @@ def _begun(text: str, stop: str) -> int:
 def _check_room(llm: SteeredLlama, prompt: Sequence[int]) -> None:
     if len(prompt) >= llm.n_ctx():
         raise SteerError(
-            f"expected a prompt of less than {llm.n_ctx()} tokens, the context, got {len(prompt)}; "
-            "shorten it or raise --ctx"
+            f"expected a prompt of less than {llm.n_ctx()} tokens, the context, got {len(prompt)}; {llm.longer()}"
         )
 
 

@@ -66,7 +66,7 @@ class Dials(MutableMapping[str, "float | None"]):
 def first_dials(
     steerings: Sequence[Steering], angle: float | FileDefault | None, angles: Mapping[str, float | None] | None
 ) -> Dials:
-    """The dials to start with: what is given, else each file's default. Raises SteerError where there is neither."""
+    """The dials to start with: what is given, else each file's default; off, with a warning, where it has none."""
     dials = Dials(steerings)
     given = dict(angles or {})
     if not isinstance(angle, FileDefault):
@@ -74,7 +74,12 @@ def first_dials(
             raise SteerError(f"angle is for one steering, there are {len(steerings)}; use angles")
         given.setdefault(steerings[0].name, angle)
     for each in steerings:
-        dials[each.name] = given.pop(each.name) if each.name in given else each.default_dial()
+        if each.name in given:
+            dials[each.name] = given.pop(each.name)
+        elif each.has_default:
+            dials[each.name] = each.default_dial()
+        else:
+            warnings.warn(f"steering {each.name!r} has no default angle, so it is off; set one", stacklevel=3)
     dials.update(given)  # a name that no steering bears is refused here
     return dials
 

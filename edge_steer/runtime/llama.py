@@ -27,7 +27,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from numpy.typing import NDArray
 
 from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
-from edge_steer.errors import NoEffectError, SteerError
+from edge_steer.errors import NoEffectError, SteerError, shown
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
 from edge_steer.runtime.dials import (
@@ -43,6 +43,7 @@ from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngin
 from edge_steer.runtime.native import Hook, Record
 from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
+from edge_steer.runtime.tokens import Tokenizer
 from edge_steer.sites import Site, architecture
 
 Message = Mapping[str, str]  # role and content
@@ -57,7 +58,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
 
     steering: one or several, as values or paths; they apply in the order given. None: those that the model's file
               embeds, if any; () is none.
-    angle:    the dial of the one steering; None is off; left out, the file's default.
+    angle:    the dial of the one steering; None is off; left out, the file's default, or off where it has none.
     angles:   the dials by name, where there are several.
     scope:    "all": every token is steered; "response": the last prompt token and everything after it.
     engine:   "hook": the native callback; "lora": llama.cpp's adapters, for linear operators; "auto": the hook,
@@ -66,7 +67,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
               this machine's GPUs; every layer, where n_gpu_layers is left out.
     Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
 
-    Raises SteerError where a steering does not fit the model or has no dial.
+    Raises SteerError where a steering does not fit the model.
     """
 
     def __init__(
@@ -114,12 +115,21 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         # llama.cpp rounds the context up to a multiple of 256; llama-cpp-python's own arrays must be as long.
         llama["n_ctx"] = -(-llama.get("n_ctx", 512) // 256) * 256
         try:
+            str(model_path).encode()
+        except UnicodeEncodeError:
+            raise SteerError(f"expected a model path in UTF-8, got {shown(str(model_path))}; rename the file") from None
+        try:
             super().__init__(str(model_path), **llama)
-        except (ValueError, TemplateError) as error:
+        except TemplateError as error:
+            raise SteerError(f"{model_path}: expected a chat template that compiles, got {error}") from None
+        except ValueError as error:
+            if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
+                raise
             raise SteerError(
                 f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
                 "fetch it again, or give less --ctx or --gpu-layers where memory is short"
             ) from None
+        self.tokenizer_ = Tokenizer(self)
         # Which state computed a cached token, and where a response began; meaningful below n_tokens.
         self._stamps = np.zeros(len(self.input_ids), np.int32)
         self._opens = np.zeros(len(self.input_ids), np.bool_)
@@ -136,7 +146,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
 
     @property
     def angle(self) -> float | None:
-        """The dial of the one steering; None is off. A new value acts from the next token on."""
+        """The dial of the one steering; None is off. A new value acts from the next token on that this object
+        evaluates: who calls llama_decode on its context himself calls `eval` first, which puts it in place."""
         return self._angles[self._only()]
 
     @angle.setter
@@ -458,7 +469,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         tokens = list(tokens)
         if not 0 < start < len(tokens) <= self.n_ctx():
             raise SteerError(
-                f"expected 0 < start < tokens <= {self.n_ctx()}, got {start} and {len(tokens)}; raise --ctx"
+                f"expected 0 < start < tokens <= {self.n_ctx()}, got {start} and {len(tokens)}; {self.longer()}"
             )
         self._cut_cache(tokens[:start])
         self._keep(min(self._shared(tokens), start - 1))
@@ -483,6 +494,11 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._requires_eval = True  # what Llama would sample from are not the logits of the last token alone
         return np.concatenate(found)
 
+    def longer(self) -> str:
+        """What to do about a text that is longer than the context."""
+        trained = int(self._model.n_ctx_train())
+        return "raise --ctx or shorten it" if trained > self.n_ctx() else f"shorten it: the model takes {trained}"
+
     def _shared(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens are cached, whatever state computed them."""
         n = min(self.n_tokens, len(tokens))
@@ -506,7 +522,9 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         """
         tokens = list(tokens)
         if not 0 < len(tokens) <= self.n_ctx():
-            raise SteerError(f"expected a prompt of 1 to {self.n_ctx()} tokens, got {len(tokens)}; raise --ctx")
+            raise SteerError(
+                f"expected a prompt of 1 to {self.n_ctx()} tokens, the context, got {len(tokens)}; {self.longer()}"
+            )
         actions = self._angles.actions() if steered else self._all_off
         shared = self._shared(tokens[:-1])
         usable = self._stamps[:shared] == self._state(actions, False)

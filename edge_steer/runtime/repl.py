@@ -92,6 +92,8 @@ class Repl:
                     begun = True
                     self.say(piece)
                 self.say("\n")
+                if not begun:
+                    self.note("the answer is empty: the model ended it with its first token")
             except KeyboardInterrupt:
                 if begun:
                     self.say("\n")
