@@ -224,7 +224,7 @@ def test_ctrl_c_during_a_calibration_leaves_nothing_behind(place: Path, tmp_path
         (tmp_path / f"{side}.txt").write_text("\n".join(prompts))
     with terminal("calibrate", "-m", place / "llama.gguf", "--positive", tmp_path / "love.txt", "--negative",
                   tmp_path / "hate.txt", "-o", tmp_path / "x.gguf", "--ctx", 512, *ONE_THREAD) as screen:  # fmt: skip
-        screen.until(b"/6128")
+        screen.until(b"/5984")
         screen.process.send_signal(signal.SIGINT)
         assert b"Traceback" not in screen.until(b"Error: interrupted")
         assert screen.process.wait(60) == 130

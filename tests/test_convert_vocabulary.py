@@ -13,10 +13,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny
-from directories import edit, nothing_left, rewrite
+from directories import convert, edit, nothing_left, rewrite
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from edge_steer.converters.convert import convert
 from edge_steer.converters.same_tokens import TEXT
 from edge_steer.errors import SteerError
 from edge_steer.gguf_metadata import read_gguf

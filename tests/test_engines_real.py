@@ -13,13 +13,12 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
-from directories import directory_of
+from directories import convert, directory_of
 from exports import ANGLES, Logits, hook_logits, kl, plain_logits
 
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.contrast import load_preset, neutral_passages
-from edge_steer.converters.convert import convert
 from edge_steer.converters.quantize import quantize_file
 from edge_steer.evaluate.verify import Verification, verify
 from edge_steer.export.baked import bake_gguf

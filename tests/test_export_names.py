@@ -33,8 +33,14 @@ def test_every_module_of_a_block_has_the_converters_name(name: str) -> None:
 
 def test_names_outside_the_table() -> None:
     llama, gemma3, neox = (architecture(name) for name in ("llama", "gemma3", "gptneox"))
-    assert gguf_name(llama, "model.embed_tokens.weight") is None
-    assert gguf_name(llama, "lm_head.weight") is None
+    assert gguf_name(llama, "model.embed_tokens.weight") == "token_embd.weight"
+    assert gguf_name(llama, "lm_head.weight") == "output.weight"
+    assert gguf_name(llama, "model.norm.weight") == "output_norm.weight"
+    assert gguf_name(llama, "model.other.weight") is None
+    assert gguf_name(llama, "model.layers.3.input_layernorm.weight") == "blk.3.attn_norm.weight"
+    assert gguf_name(gemma3, "model.layers.3.pre_feedforward_layernorm.weight") == "blk.3.ffn_norm.weight"
+    assert gguf_name(neox, "gpt_neox.final_layer_norm.bias") == "output_norm.bias"
+    assert gguf_name(neox, "embed_out.weight") == "output.weight"
     assert gguf_name(llama, "model.layers.3.self_attn.q_proj.bias") == "blk.3.attn_q.bias"
     assert gguf_name(llama, "model.layers.3.self_attn.new_proj.weight") == "blk.3.self_attn.new_proj.weight"
     assert gguf_name(llama, "layers.3.mlp.up_proj.weight") == "blk.3.ffn_up.weight"

@@ -33,7 +33,7 @@ STEERING = random_steering(BaseModel("llama", "m", 1, WIDTH), architecture("llam
 
 
 def for_export(folder: Path) -> None:
-    read_checkpoint(folder).readers([STEERING])
+    read_checkpoint(folder).fold([STEERING])
 
 
 def for_conversion(folder: Path) -> None:
