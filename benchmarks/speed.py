@@ -27,9 +27,10 @@ import edge_steer
 from edge_steer.registry import resolve
 from edge_steer.steering import Steering
 
-SMALL = "smollm2-135m"
+SMALL, STREAM = "smollm2-135m", "qwen2.5-coder-0.5b"
 MODELS = {
     SMALL: "SmolLM2-135M-Instruct, Q4_1",
+    STREAM: "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M: the residual stream",
     "1b": "Llama-3.2-1B's shape, random weights, Q4_0",
     "3b": "Llama-3.2-3B's shape, random weights, Q4_0",
 }
@@ -76,11 +77,12 @@ def model_page(
 ) -> tuple[list[str], tuple[Sequence[Row], Times]]:
     """The tables of one model; and the rows and times of the first."""
     small = name == SMALL
-    path = resolve(name, fetch=True) if small else shapes.build(name)
+    path = resolve(name, fetch=True) if name in (SMALL, STREAM) else shapes.build(name)
     page = [f"### {MODELS[name]}"]
     with ExitStack() as stack:
         contexts = decoding.Contexts(path, threads, stack)
-        rows = contexts.rows(*((0.99, 0.97) if small else (0.995, 0.995)), brief=name == "3b")
+        limits = (0.99, 0.97) if small else (0.995, 0.995)
+        rows = contexts.stream_rows(0.99) if name == STREAM else contexts.rows(*limits, brief=name == "3b")
         times = timed(MODELS[name], rows, rounds, seconds)
         page += section("Prompts, then more tokens", rows, times, decoding.METRICS)
         page += [control_line(times)]
@@ -92,7 +94,7 @@ def model_page(
     if small:
         recording = calibration.recording_rows(path, threads)
         recorded = timed("calibration", recording, rounds or (3 if quick else 10), 0)
-    if not quick and name != "3b":  # which in bfloat16 takes 6 GB, and minutes a round
+    if not quick and name in (SMALL, "1b"):  # the 3b in bfloat16 takes 6 GB, and minutes a round
         slow, found = torch_times(name, path, threads, steerings)
         page += section("The same in transformers", [rows[0], *slow["transformers"]], times | found, decoding.METRICS)
         page += [f"transformers generates {torch_rows().GENERATED} tokens, not {decoding.GENERATED}."]

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import llama_cpp
@@ -51,6 +52,12 @@ def site_sets(model: ModelFile) -> tuple[list[Site], list[Site]]:
     """20 sites spread over the network, and all; the first is never steered, all prompts agree there."""
     every = list(architecture(model.architecture).sites(model.block_count))[1:]
     return [every[int(i)] for i in np.linspace(0, len(every) - 1, 20)], every
+
+
+def upper_half(model: ModelFile, sites: str) -> list[Site]:
+    """The sites that calibration steers in the residual stream, or at all norms up to the head."""
+    found = architecture(model.architecture).sites(model.block_count, sites)
+    return [site for site in found if site.layer >= model.block_count // 2]
 
 
 # --- one context, several conditions ------------------------------------------------------------------------------
@@ -107,6 +114,7 @@ class Contexts:
         self.steerings = [
             steering(self.model, self.twenty, "twenty"),
             *(steering(self.model, self.every, f"every-{i}", 1 + i) for i in range(3)),
+            *(steering(self.model, upper_half(self.model, sites), sites, 4) for sites in ("layer_out", "norms")),
         ]
         self.hooked = SteeredLlama(path, steering=self.steerings, angles=dict.fromkeys(self._names()), **self.run)
         self.plain = Llama(str(path), **self.run)
@@ -188,6 +196,24 @@ class Contexts:
         llm = Llama(str(folder / "baked.gguf"), **self.run)
         self._stack.callback(llm.close)
         return llm
+
+    def stream_rows(self, hook: float) -> list[Row]:
+        """Turns of the residual stream and of all norms up to the head, in the upper half, as calibration makes them."""
+        limit = dict.fromkeys(METRICS, hook)
+        return [
+            Row(PLAIN, self.unsteered),
+            Row(CONTROL, lambda: timed(self.plain), PLAIN),
+            Row("hook, idle", self.turned, PLAIN, limit),
+            *(
+                Row(
+                    f"hook, {sites}, {len(upper_half(self.model, sites))} sites",
+                    partial(self.turned, sites),
+                    PLAIN,
+                    limit,
+                )
+                for sites in ("layer_out", "norms")
+            ),
+        ]
 
     def rows(self, hook: float, hook_all: float, *, brief: bool) -> list[Row]:
         """What is timed, with the least shares asked of the hook at 20 sites and beyond."""
