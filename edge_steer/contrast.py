@@ -221,7 +221,7 @@ def _made(kind: Callable[..., Any], path: Path, number: int, record: Mapping[str
         raise FormatError(f"{path}:{number}: expected the keys prompt, positive, negative, got {got}") from None
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file, lines ended by \\n. Raises SteerError where none can be read, FormatError where not text."""
     if not path.is_file():
         got = "a folder" if path.is_dir() else "no such file"
@@ -250,7 +250,7 @@ def _text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Each line with its number, from 1. (str.splitlines would also break at characters that JSON strings may hold.)"""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if len(line) > LONGEST_LINE:
             raise FormatError(f"{path}:{number}: expected a line of at most {LONGEST_LINE} characters, got {len(line)}")
         yield number, line
@@ -319,7 +319,7 @@ def load_preset(name: str) -> PromptSet:
     if name not in preset_names():
         raise SteerError(f"expected a preset among {', '.join(preset_names())}, got {name!r}; see `edge-steer presets`")
     folder = PRESETS / name
-    about = json.loads(_text(folder / "about.json"))
+    about = json.loads(read_text(folder / "about.json"))
     return PromptSet(
         name=about["name"],
         description=about["description"],
@@ -333,7 +333,7 @@ def load_preset(name: str) -> PromptSet:
 
 def neutral_passages() -> tuple[str, ...]:
     """Passages that no preset is about: what a steering changes in them is damage."""
-    return tuple(passage.strip() for passage in re.split(r"\n\s*\n", _text(PRESETS / "neutral.txt").strip()))
+    return tuple(passage.strip() for passage in re.split(r"\n\s*\n", read_text(PRESETS / "neutral.txt").strip()))
 
 
 # --- chat templates -----------------------------------------------------------------------------------------------
@@ -343,7 +343,8 @@ def neutral_passages() -> tuple[str, ...]:
 class ChatTemplate:
     """How a model wants its chat written. Made by `from_gguf` or `from_tokenizer`.
 
-    source: the Jinja text, None for the plain template. bos_token: text of the BOS, "" where the model has none.
+    source: the Jinja text, or the name of one of llama.cpp's; None for the plain template. bos_token: text of the BOS,
+    "" where the model has none.
     """
 
     source: str | None
@@ -358,13 +359,34 @@ class ChatTemplate:
         """
         if not template:
             return cls(None, bos_token, _plain)
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        from edge_steer.chat_format import BoundedChatFormatter
 
         try:
-            formatter = Jinja2ChatFormatter(template=template, eos_token=eos_token, bos_token=bos_token)
+            formatter = BoundedChatFormatter(template, eos_token, bos_token)
         except _template_errors() as error:
             raise _broken(error) from None
-        return cls(template, bos_token, lambda messages: str(formatter(messages=messages).prompt))
+
+        def write(messages: list[dict[str, str]]) -> str:
+            try:
+                return str(formatter(messages=messages).prompt)
+            except _template_errors() as error:
+                try:  # templates of models that call tools may take a list of them for granted
+                    return str(formatter(messages=messages, tools=[]).prompt)
+                except _template_errors():
+                    raise error from None
+
+        return cls(template, bos_token, write)
+
+    @classmethod
+    def builtin(cls, name: str, bos_token: str) -> ChatTemplate:
+        """llama.cpp's own template `name`. Raises SteerError that lists them."""
+        from edge_steer.chat_format import apply_builtin, builtin_names
+
+        if name not in builtin_names():
+            raise SteerError(
+                f"expected a chat template's file, or one of {', '.join(builtin_names())}, got {shown(name)}"
+            )
+        return cls(name, bos_token, lambda messages: apply_builtin(name, messages))
 
     @classmethod
     def from_tokenizer(cls, hf_tokenizer: Any) -> ChatTemplate:
@@ -436,7 +458,9 @@ def _template_errors() -> tuple[type[Exception], ...]:
     """What rendering can raise. A template is a program from a file: it can add text to None or divide by 0."""
     from jinja2 import TemplateError
 
-    return (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+    return (
+        TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+    )  # fmt: skip
 
 
 def _broken(error: Exception) -> SteerError:

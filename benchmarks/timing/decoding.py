@@ -198,7 +198,7 @@ class Contexts:
         return llm
 
     def stream_rows(self, hook: float) -> list[Row]:
-        """Turns of the residual stream and of all norms up to the head, in the upper half, as calibration makes them."""
+        """Turns of the residual stream, and of all norms up to the head, in the upper half as calibration has it."""
         limit = dict.fromkeys(METRICS, hook)
         return [
             Row(PLAIN, self.unsteered),

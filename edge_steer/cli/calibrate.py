@@ -110,6 +110,7 @@ def calibrate(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    chat_template: str | None,
     force: bool,
 ) -> None:
     """Compute a steering from contrasting prompts.
@@ -141,6 +142,7 @@ def calibrate(
     engine = _engine(
         model, batch_size=batch_size, device=device, dtype=dtype, ctx=ctx, gpu_layers=gpu_layers, threads=threads,
         seed=seed,
+        chat_template=chat_template,
     )  # fmt: skip
     steering = calibrated(
         engine, prompts.first(limit) if limit else prompts, wishes, name=name or target.stem, progress=bar,
@@ -187,6 +189,7 @@ def _engine(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    chat_template: str | None,
 ) -> CalibrationEngine:
     """What records and measures: llama.cpp for a GGUF, transformers for a Hugging Face directory or hub id."""
     from pathlib import Path
@@ -195,6 +198,10 @@ def _engine(
     from edge_steer.registry import is_gguf
 
     if Path(model).is_dir() or ("/" in model and not is_gguf(model)):
+        if chat_template is not None:
+            raise click.UsageError("--chat-template is for a GGUF; a Hugging Face model brings its own")
         return TorchEngine(model, {"device": device, "dtype": dtype, "batch_size": batch_size})
-    path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
+    path, parameters = options.run_parameters(
+        model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
+    )
     return NativeEngine(path, parameters)

@@ -28,6 +28,7 @@ def chat(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    chat_template: str | None,
     rpc: tuple[str, ...],
     **sampling: Any,
 ) -> None:
@@ -51,7 +52,7 @@ def chat(
         raise SteerError("expected standard input to read from, got it closed")
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc,
+        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
     )  # fmt: skip
     note = partial(click.echo, err=True)
     interactive = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()

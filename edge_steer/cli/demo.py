@@ -21,7 +21,9 @@ LONGEST = 40  # tokens of an answer
 @click.option(
     "-m", "--model", default=MODEL, show_default=True, metavar="MODEL", help="A .gguf file or a known model's name."
 )
-def demo(model: str, ctx: int | None, gpu_layers: int, threads: int | None, seed: int) -> None:
+def demo(
+    model: str, ctx: int | None, gpu_layers: int, threads: int | None, seed: int, chat_template: str | None
+) -> None:
     """The whole way on a small model: gloomier, and more cheerful.
 
     Fetches SmolLM2-135M-Instruct (98 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
@@ -38,7 +40,9 @@ def demo(model: str, ctx: int | None, gpu_layers: int, threads: int | None, seed
     from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama
 
-    path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
+    path, parameters = options.run_parameters(
+        model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
+    )
     prompts = load_preset(PRESET)
     steering = calibrated(
         NativeEngine(path, parameters), prompts, Wishes(orthogonal_to=None), name=PRESET, progress=bar

@@ -14,13 +14,23 @@ from edge_steer.cli import options
 @click.option("-m", "--model", metavar="MODEL", help="Also load this model and count the sites its graph really has.")
 @options.run_options
 @options.json_option
-def doctor(model: str | None, ctx: int | None, gpu_layers: int, threads: int | None, seed: int, as_json: bool) -> None:
+def doctor(
+    model: str | None,
+    ctx: int | None,
+    gpu_layers: int,
+    threads: int | None,
+    seed: int,
+    chat_template: str | None,
+    as_json: bool,
+) -> None:
     """Check this installation, and which sites of a model are met."""
     from edge_steer.runtime.doctor import examine_build, examine_model
 
     found: dict[str, Any] = examine_build()
     if model is not None:
-        path, parameters = options.run_parameters(model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed)
+        path, parameters = options.run_parameters(
+            model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
+        )
         found["model"] = examine_model(path, **parameters)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))

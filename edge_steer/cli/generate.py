@@ -33,6 +33,7 @@ def generate(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    chat_template: str | None,
     rpc: tuple[str, ...],
     **sampling: Any,
 ) -> None:
@@ -49,7 +50,7 @@ def generate(
     asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc,
+        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
     )  # fmt: skip
     say = silent if as_json else partial(click.echo, nl=False)
     answer = answered(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)

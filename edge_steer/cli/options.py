@@ -58,6 +58,11 @@ run_options = _all(
     ),
     click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
+    click.option(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Chat template in place of the model's: a Jinja file, or one of llama.cpp's by name, such as chatml.",
+    ),
 )
 
 rpc_option = click.option(
@@ -84,6 +89,7 @@ def run_parameters(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    chat_template: str | None = None,
     rpc: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """The path of a model, fetched if need be, and the parameters of SteeredLlama that the run options stand for."""
@@ -113,7 +119,20 @@ def run_parameters(
         "n_threads_batch": threads,
         "seed": seed,
         **({"rpc": tuple(rpc)} if rpc else {}),
+        **({"template": _template(chat_template)} if chat_template else {}),
     }
+
+
+def _template(given: str) -> str:
+    """The text of a template's file, or the name of one of llama.cpp's."""
+    from pathlib import Path
+
+    from edge_steer.contrast import ChatTemplate, read_text
+
+    if Path(given).is_file():
+        return read_text(Path(given))
+    ChatTemplate.builtin(given, "")  # refuses an unknown name before a model is loaded
+    return given
 
 
 def _keep_warnings_quiet() -> None:

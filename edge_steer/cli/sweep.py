@@ -66,6 +66,7 @@ def sweep(
     gpu_layers: int,
     threads: int | None,
     seed: int,
+    chat_template: str | None,
     rpc: tuple[str, ...],
     as_json: bool,
     force: bool,
@@ -106,10 +107,14 @@ def sweep(
     own_probes = read_probes(probes) if probes else ()
     if steering is not None:
         steerings, held_out, known_probes = _from_file(steering, preset, positive, negative)
-        path, parameters = _run_parameters(model, ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc)
+        path, parameters = _run_parameters(
+            model, ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc
+        )
     else:
         prompts, held_out, known_probes = _to_calibrate(preset, positive, negative)
-        path, parameters = _run_parameters(model, ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, rpc=rpc)
+        path, parameters = _run_parameters(
+            model, ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc
+        )
         steerings = _calibrated(path, parameters, prompts, str(methods).split(","), folder, force)
     if write and (refused := [each for each in steerings if each.operator not in ("selective", "addition")]):
         raise click.UsageError(f"--write stores a range around off; {refused[0].operator} has none")

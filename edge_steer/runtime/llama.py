@@ -15,17 +15,17 @@ import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
-from jinja2 import TemplateError
 from llama_cpp import Llama
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 from numpy.typing import NDArray
 
+from edge_steer.chat_format import BoundedChatFormatter
 from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
 from edge_steer.errors import NoEffectError, SteerError, shown
 from edge_steer.model_file import read_model
@@ -53,6 +53,16 @@ _OFF = 0  # the number of the state in which nothing acts
 _UNKNOWN = -1  # of a token cached by something else
 
 
+def _is_jinja(template: str) -> bool:
+    """Whether a template is Jinja's text, not the name of one of llama.cpp's."""
+    return "{" in template or "\n" in template
+
+
+def _refused(reason: str, **_: Any) -> Any:
+    """A chat handler for a template that does not render."""
+    raise SteerError(reason)
+
+
 class SteeredLlama(Llama):  # type: ignore[misc]
     """A llama_cpp.Llama with steerings.
 
@@ -63,6 +73,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
     scope:    "all": every token is steered; "response": the last prompt token and everything after it.
     engine:   "hook": the native callback; "lora": llama.cpp's adapters, for linear operators; "auto": the hook,
               unless every layer is on a GPU and the operators are linear.
+    template: a chat template in place of the model's: Jinja text, or the name of one of llama.cpp's.
     rpc:      "host:port" of llama.cpp's RPC servers: the layers that n_gpu_layers asks for are spread over them and
               this machine's GPUs; every layer, where n_gpu_layers is left out.
     Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
@@ -80,6 +91,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         scope: Scope = "all",
         engine: EngineName = "auto",
         rpc: Sequence[str] = (),
+        template: str | None = None,
         **llama: Any,
     ) -> None:
         if llama.get("embedding"):
@@ -98,6 +110,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._angles = first_dials(self.steerings, angle, angles)
         self.scope = scope
 
+        self._template = template
+        self._made = False
         self._rpc = tuple(rpc)
         devices = connect(self._rpc) if self._rpc else ()
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices)  # ends with a null; llama.cpp reads it once
@@ -120,8 +134,6 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             raise SteerError(f"expected a model path in UTF-8, got {shown(str(model_path))}; rename the file") from None
         try:
             super().__init__(str(model_path), **llama)
-        except TemplateError as error:
-            raise SteerError(f"{model_path}: expected a chat template that compiles, got {error}") from None
         except ValueError as error:
             if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
                 raise
@@ -129,6 +141,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
                 f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
                 "fetch it again, or give less --ctx or --gpu-layers where memory is short"
             ) from None
+        self._made = True
         self.tokenizer_ = Tokenizer(self)
         # Which state computed a cached token, and where a response began; meaningful below n_tokens.
         self._stamps = np.zeros(len(self.input_ids), np.int32)
@@ -209,24 +222,43 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         params.cb_eval_user_data = self._hook.user_data
         self._context_params = params
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The model's metadata. While Llama is made, without chat templates: it would compile them unbounded."""
+        return self._metadata if self._made else {k: v for k, v in self._metadata.items() if "chat_template" not in k}
+
+    @metadata.setter
+    def metadata(self, values: dict[str, str]) -> None:
+        self._metadata = values
+
     def _choose_chat_format(self) -> None:
         """Chat completions use the model's own template as it stands, or the plain one; never another model's.
 
         llama-cpp-python adds no BOS to a rendered chat; where the model wants one and its template writes none, it is
         written here, so that a chat has the tokens that were calibrated on.
         """
-        template, bos = self.chat_template, self._token_text(self.token_bos())
+        try:
+            template = self.chat_template
+            text = template.render([{"role": "user", "content": "x"}]) if template.source else ""
+        except SteerError as error:
+            self.chat_handler = partial(_refused, str(error))  # it may be wanted for anything but chats
+            return
+        bos = self._token_text(self.token_bos())
         adds_bos = self._model.add_bos_token()
         if template.source is None:
             source, bos = PLAIN_TEMPLATE, bos if adds_bos else ""
-        elif adds_bos and not template.starts_with_bos(template.render([{"role": "user", "content": "x"}])):
+        elif adds_bos and not template.starts_with_bos(text):
             source = "{{ bos_token }}" + template.source
         else:
             source = template.source
+        if self._template is not None and not _is_jinja(self._template):
+            head = bos if adds_bos and not template.starts_with_bos(text) else ""
+            self.chat_handler = chat_formatter_to_chat_completion_handler(
+                lambda messages, **_: ChatFormatterResponse(head + template.render(messages), added_special=True)
+            )
+            return
         eos = self.token_eos()
-        formatter = Jinja2ChatFormatter(
-            template=source, eos_token=self._token_text(eos), bos_token=bos, stop_token_ids=[eos]
-        )
+        formatter = BoundedChatFormatter(source, self._token_text(eos), bos, stop_token_ids=[eos])
         self.chat_handler = formatter.to_chat_handler()
 
     def _token_text(self, token: int) -> str:
@@ -235,8 +267,10 @@ class SteeredLlama(Llama):  # type: ignore[misc]
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """How this model's chats are written."""
+        if self._template is not None and not _is_jinja(self._template):
+            return ChatTemplate.builtin(self._template, self._token_text(self.token_bos()))
         return ChatTemplate.from_gguf(
-            self.metadata.get("tokenizer.chat_template"),
+            self._template or self.metadata.get("tokenizer.chat_template"),
             self._token_text(self.token_bos()),
             self._token_text(self.token_eos()),
         )
@@ -275,6 +309,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             "scope": self._scope,
             "engine": self.engine,
             "rpc": self._rpc,
+            "template": self._template,
         }
         if self._chose_chat_format:  # a closure, and chosen again when it is made again
             own |= {"chat_format": None, "chat_handler": None}
