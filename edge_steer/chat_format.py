@@ -78,7 +78,8 @@ class _Bounded:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError("expected a template that writes text, got half of a surrogate pair") from None
-        if values.get("messages") and not text.strip():
+        said = any(str(message.get("content") or "").strip() for message in values.get("messages") or ())
+        if said and not text.strip():
             raise ValueError("expected a template that writes a prompt, got nothing")
         return text
 
