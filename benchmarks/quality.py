@@ -32,7 +32,7 @@ from edge_steer.errors import SteerError
 from edge_steer.evaluate.budget import Budget
 from edge_steer.evaluate.journal import Journal
 from edge_steer.evaluate.material import QUICK, Amounts, material
-from edge_steer.evaluate.methods import METHODS, check_methods
+from edge_steer.evaluate.methods import METHODS, RECORDED, check_methods
 from edge_steer.evaluate.parts import Bench
 from edge_steer.evaluate.plots import COLOURS, new_figure
 from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
@@ -109,7 +109,7 @@ def steerings_of(
         found = {each.name: each for each in Steering.load_all(kept)}
         left_out = set(json.loads(kept.with_name("left_out.json").read_text()))
     if wanted := [name for name in methods if name not in {*found, *left_out}]:
-        recorder, prompts = Remembered(NativeRecorder(path, **run)), load_preset(preset)
+        recorder, prompts = Remembered(NativeRecorder(path, sites=RECORDED, **run)), load_preset(preset)
         for name in wanted:
             try:
                 found[name] = calibrate(recorder, prompts, name=name, **METHODS[name])

@@ -175,6 +175,9 @@ def test_a_written_range_brings_a_default_where_there_is_none(model: Path, tmp_p
     assert (found.angle_min, found.angle_max, found.angle) == (-6, 9, 4.5)
     assert found.at_strength(-0.5) == -3
     assert with_range(curve_of(steering, -6.0, 0.0)).angle == -3
+    measured = steering.with_(angle=1.0, angle_min=-1.0, angle_max=1.0, provisional=True)
+    replaced = with_range(curve_of(measured, -6.0, 9.0))
+    assert (replaced.angle, replaced.angle_min, replaced.angle_max, replaced.provisional) == (4.5, -6.0, 9.0, False)
     assert with_range(curve_of(steering.with_(angle=2.0), -6.0, 9.0)).angle == 2
     assert math.isnan(steering.angle)
     with pytest.raises(SteerError, match="expected a safe range to store"):

@@ -30,7 +30,7 @@ HELD_OUT = 5
 @click.option(
     "--methods",
     metavar="NAMES",
-    help="Instead: methods to compare, of local,global,standard,adaptive,ablation,addition.",
+    help="Instead: methods to compare, of local,stream,global,standard,adaptive,ablation,addition.",
 )
 @click.option("--preset", metavar="NAME", help="A preset: its probes, and what --methods calibrates on.")
 @click.option("--positive", metavar="FILE", help="Prompts: held out with -s, calibrated on with --methods.")
@@ -238,7 +238,7 @@ def _calibrated(
     from edge_steer.calibrate.native_recorder import NativeRecorder
     from edge_steer.calibrate.remembered import Remembered
     from edge_steer.cli.progress import bar
-    from edge_steer.evaluate.methods import calibrated, check_methods
+    from edge_steer.evaluate.methods import RECORDED, calibrated, check_methods
     from edge_steer.steering import Steering, save_all
 
     check_methods(methods)
@@ -248,7 +248,9 @@ def _calibrated(
         if {each.name for each in found if each.made.prompts_sha256 == prompts.sha256} == set(methods):
             return found
     with bar("recording", passes(prompts)) as step:
-        made = calibrated(Remembered(NativeRecorder(path, **parameters)), prompts, methods, step, options.note)
+        made = calibrated(
+            Remembered(NativeRecorder(path, sites=RECORDED, **parameters)), prompts, methods, step, options.note
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_all(made, kept, force=True)
     return Steering.load_all(kept)

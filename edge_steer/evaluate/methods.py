@@ -11,16 +11,21 @@ from edge_steer.contrast import PromptSet
 from edge_steer.errors import SteerError
 from edge_steer.steering import Steering
 
-# What `calibrate` is asked for. `local` is the default; `global` the published method; `standard` and `adaptive` as
-# published with it; `ablation` and `addition` along the default's directions.
+# What `calibrate` is asked for. `local` turns at the norms before attention, `stream` the residual stream; `global` is
+# the published method; `standard` and `adaptive` as published with it; `ablation` and `addition` along the directions of
+# `local`.
 METHODS: dict[str, dict[str, Any]] = {
     "local": {},
+    "stream": {"kinds": ("layer_out",)},
     "global": {"plane": "global"},
     "standard": {"plane": "global", "operator": "standard"},
     "adaptive": {"plane": "global", "operator": "adaptive"},
     "ablation": {"operator": "ablation"},
     "addition": {"operator": "addition"},
 }
+
+# Sites that all methods can be made from.
+RECORDED = "pre,layer_out"
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -41,7 +46,7 @@ def calibrated(
 ) -> list[Steering]:
     """A steering for each method, named after it; one that the prompts do not allow is told to `note` and left out.
 
-    Hand in a Remembered recorder, and the prompts are run once. Raises SteerError where no method is left.
+    recorder: of RECORDED. Hand in a Remembered one, and the prompts are run once. Raises SteerError where no method is left.
     """
     check_methods(methods)
     made = []

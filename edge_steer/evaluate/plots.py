@@ -16,7 +16,7 @@ from edge_steer.steering import Steering
 from edge_steer.whole_file import whole_file
 
 # Okabe and Ito's colours, told apart by the colour-blind.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^v"
 
 
