@@ -12,8 +12,8 @@ from edge_steer.errors import SteerError
 from edge_steer.steering import Steering
 
 # What `calibrate` is asked for. `local` turns at the norms before attention, `stream` the residual stream; `global` is
-# the published method; `standard` and `adaptive` as published with it; `ablation` and `addition` along the directions of
-# `local`.
+# the published method; `standard` and `adaptive` as published with it; `ablation` and `addition` along the directions
+# of `local`.
 METHODS: dict[str, dict[str, Any]] = {
     "local": {},
     "stream": {"kinds": ("layer_out",)},
@@ -46,7 +46,8 @@ def calibrated(
 ) -> list[Steering]:
     """A steering for each method, named after it; one that the prompts do not allow is told to `note` and left out.
 
-    recorder: of RECORDED. Hand in a Remembered one, and the prompts are run once. Raises SteerError where no method is left.
+    recorder: of RECORDED. Hand in a Remembered one, and the prompts are run once.
+    Raises SteerError where no method is left.
     """
     check_methods(methods)
     made = []
