@@ -215,6 +215,7 @@ def write(
     type: str | None = None,
     quantize: str | None = None,
     changes: Changes | None = None,
+    allow_other_tokens: bool = False,
     embed: Sequence[Steering] = (),
     threads: int | None = None,
     force: bool = False,
@@ -225,6 +226,7 @@ def write(
     type:      one of TYPES; with `quantize` the type of the file that llama.cpp's quantizer reads. None: source.type.
     quantize:  one of quantize.FILE_TYPES, written by llama.cpp itself.
     changes:   steerings to fold into the weights before any rounding, as `baking` makes them.
+    allow_other_tokens: warn where llama.cpp and the tokenizer split text differently, instead of refusing.
     embed:     steerings to put beside the weights. threads: for the quantizer, None for all.
     Raises SteerError where `output` exists and `force` is not given, where llama.cpp and the tokenizer split text
     differently, or a weight does not fit the type.
@@ -244,7 +246,8 @@ def write(
     ):
         first = Path(at) / "model.gguf"
         _write_file(first, source, kind, extra, {})
-        demand_same_tokens(first, source.vocabulary)
+        for difference in demand_same_tokens(first, source.vocabulary, allow=allow_other_tokens):
+            warnings.warn(difference, stacklevel=2)
         with progress("writing", len(source.weights)) as step:
             _write_file(first if quantize else part, source, kind, extra, source.weights, changes, step)
         if quantize:

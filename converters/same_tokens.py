@@ -31,12 +31,16 @@ TEXT = (
 )
 
 
-def demand_same_tokens(gguf: Path, vocabulary: Vocabulary) -> None:
-    """Raises MismatchError with the first difference where the GGUF's vocabulary and the tokenizer.json it was made
-    from split TEXT differently, SteerError where llama.cpp cannot load the vocabulary."""
+def demand_same_tokens(gguf: Path, vocabulary: Vocabulary, *, allow: bool = False) -> list[str]:
+    """The differences, a line each, between how the GGUF's vocabulary and the tokenizer.json it was made from split the
+    lines of TEXT: llama.cpp's own patterns deviate from some tokenizers.
+
+    Raises MismatchError with the first one unless `allow` is given, SteerError where llama.cpp cannot load it.
+    """
     from tokenizers import Tokenizer
 
     theirs = Tokenizer.from_str(json.dumps(vocabulary.described))
+    found: list[str] = []
     with _llama_tokenizer(gguf, vocabulary.pre) as ours:
         for text in (*TEXT, "\n".join(TEXT)):
             if text.startswith(" ") and is_metaspace(vocabulary.described):
@@ -45,7 +49,14 @@ def demand_same_tokens(gguf: Path, vocabulary: Vocabulary) -> None:
             wanted = [
                 token for token in theirs.encode(text, add_special_tokens=False).ids if token < len(vocabulary.tokens)
             ]
-            _demand(text, wanted, ours(text), vocabulary)
+            if difference := _difference(text, wanted, ours(text), vocabulary):
+                found.append(difference)
+    if found and not allow:
+        raise MismatchError(
+            f"{found[0]} ({len(found)} of {len(TEXT) + 1} texts differ); give the right pre-tokenizer with --pre, or "
+            "--allow-other-tokens to convert it all the same: such texts will be other tokens than it was trained on"
+        )
+    return found
 
 
 @contextmanager
@@ -76,12 +87,13 @@ def _llama_tokenizer(gguf: Path, pre: str) -> Iterator[Callable[[str], list[int]
         llama_cpp.llama_model_free(model)
 
 
-def _demand(text: str, wanted: list[int], found: list[int], vocabulary: Vocabulary) -> None:
+def _difference(text: str, wanted: list[int], found: list[int], vocabulary: Vocabulary) -> str:
+    """Where two splits of a text first differ; empty where they do not."""
     if wanted == found:
-        return
+        return ""
     place = next((i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), len(wanted))
     theirs, ours = ([vocabulary.tokens[token] for token in tokens[place : place + 3]] for tokens in (wanted, found))
-    raise MismatchError(
+    return (
         f"llama.cpp with pre-tokenizer {vocabulary.pre!r} splits text differently: expected {theirs} at token {place} "
-        f"of {text[:30]!r}…, got {ours}; give the right one with --pre"
+        f"of {text[:30]!r}…, got {ours}"
     )

@@ -218,6 +218,10 @@ def test_a_tokenizer_that_splits_text_differently_is_an_error_with_the_first_dif
          "behavior": "Isolated", "invert": False}, t["pre_tokenizer"]]}))  # fmt: skip
     with pytest.raises(SteerError, match=r"'gpt-2' splits text differently: expected \['t', 'h', 'e'\] at token 62 of"):
         convert(directory, folder / "out.gguf", pre="gpt-2")
+    with pytest.warns(UserWarning, match="splits text differently") as told:
+        convert(directory, folder / "knowingly.gguf", pre="gpt-2", allow_other_tokens=True)
+    assert len(told) > 3
+    (folder / "knowingly.gguf").unlink()
     with pytest.raises(SteerError, match="unknown pre-tokenizer type: 'nonsense'"):
         convert(directory, folder / "out.gguf", pre="nonsense")
     assert nothing_left(folder)

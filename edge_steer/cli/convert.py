@@ -18,6 +18,11 @@ from edge_steer.cli import options
 )
 @click.option("--quantize", metavar="TYPE", help="Q4_K_M or any other type of llama.cpp's quantizer.")
 @click.option("--pre", metavar="NAME", help="llama.cpp's name for the pre-tokenizer, where it is not recognised.")
+@click.option(
+    "--allow-other-tokens",
+    is_flag=True,
+    help="Go on where llama.cpp splits some texts otherwise than the tokenizer; they are told.",
+)
 @click.option("-s", "--steering", multiple=True, metavar="FILE[:ANGLE]", help="A steering to bake in; repeats.")
 @click.option("--embed", is_flag=True, help="Put the steering beside the weights instead, for `chat -m` to turn.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the quantizer.  [default: all]")
@@ -28,6 +33,7 @@ def convert(
     kind: str | None,
     quantize: str | None,
     pre: str | None,
+    allow_other_tokens: bool,
     steering: tuple[str, ...],
     embed: bool,
     threads: int | None,
@@ -58,7 +64,7 @@ def convert(
     source, changes = (source, None) if embed else baking(source, dialled)
     write(
         source, target, type=kind, quantize=quantize, threads=threads, force=force, progress=bar,
-        changes=changes,
+        changes=changes, allow_other_tokens=allow_other_tokens,
         embed=[each.with_(angle=dial) if dial is not None else each for each, dial in dialled] if embed else (),
     )  # fmt: skip
     how = quantize or kind or source.type
