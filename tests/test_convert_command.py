@@ -220,7 +220,7 @@ def test_a_tokenizer_that_splits_text_differently_is_an_error_with_the_first_dif
         convert(directory, folder / "out.gguf", pre="gpt-2")
     with pytest.warns(UserWarning, match="splits text differently") as told:
         convert(directory, folder / "knowingly.gguf", pre="gpt-2", allow_other_tokens=True)
-    assert len(told) > 3
+    assert len(told) >= 2
     (folder / "knowingly.gguf").unlink()
     with pytest.raises(SteerError, match="unknown pre-tokenizer type: 'nonsense'"):
         convert(directory, folder / "out.gguf", pre="nonsense")
