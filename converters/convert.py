@@ -32,7 +32,8 @@ from edge_steer.converters.same_tokens import demand_same_tokens
 from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export import ggml
-from edge_steer.export.folding import EMBEDDING, HEAD, Changes, folding
+from edge_steer.export.changes import Changes
+from edge_steer.export.folding import EMBEDDING, HEAD, folding
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import linear_actions
 from edge_steer.sites import architecture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from exports import ANGLES, TOKENS, assert_same, hook_logits, plain_logits, steering_for, tinies
 
-from edge_steer.export.folding import core_at
+from edge_steer.export.halves import core_at
 from edge_steer.export.lora import export_adapter, export_pair, live_adapter, products, write_adapter
 from edge_steer.export.lora_notes import scales
 from edge_steer.export.peft import export_peft

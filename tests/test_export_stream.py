@@ -13,7 +13,8 @@ from planted import random_steering
 
 from edge_steer.errors import SteerError
 from edge_steer.export.baked import bake_gguf
-from edge_steer.export.folding import Changes, folding
+from edge_steer.export.changes import Changes
+from edge_steer.export.folding import folding
 from edge_steer.export.hf import bake_hf
 from edge_steer.export.lora import export_adapter, export_pair
 from edge_steer.export.lora_notes import scales

@@ -15,8 +15,9 @@ from exports import ANGLES, TOKENS, assert_same, hook_logits, kl, plain_logits, 
 from edge_steer.errors import SteerError
 from edge_steer.export import ggml
 from edge_steer.export.baked import bake_gguf
+from edge_steer.export.changes import Changes
 from edge_steer.export.factors import stack_at
-from edge_steer.export.folding import Changes, Reads, fold_gguf
+from edge_steer.export.folding import Reads, fold_gguf
 from edge_steer.export.gguf_bytes import map_model
 from edge_steer.export.hf import bake_hf
 from edge_steer.export.hf_weights import from_float32, to_float32

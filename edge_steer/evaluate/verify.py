@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.evaluate.engine_runs import Bench, Logits, identity, undoing
 from edge_steer.export import ggml
-from edge_steer.export.folding import EMBEDDING, check_adapter, fold_gguf
+from edge_steer.export.folding import EMBEDDING, fold_gguf
 from edge_steer.export.gguf_bytes import map_model, size_of
+from edge_steer.export.halves import check_adapter
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.gguf_metadata import TensorInfo

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
 from edge_steer.export import ggml
-from edge_steer.export.folding import EMBEDDING, HEAD, Changes, fold_gguf
+from edge_steer.export.changes import Changes
+from edge_steer.export.folding import EMBEDDING, HEAD, fold_gguf
 from edge_steer.export.gguf_bytes import copy_bytes, head, map_model, retyped, size_of
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.export.baked import Baked
-from edge_steer.export.folding import EMBEDDING, HEAD, Changes, Norm
+from edge_steer.export.changes import Changes
+from edge_steer.export.folding import EMBEDDING, HEAD, Norm
 from edge_steer.export.hf_weights import (
     Checkpoint,
     HfTensor,

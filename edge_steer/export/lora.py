@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
 from edge_steer.export.factors import Actions, Floats
-from edge_steer.export.folding import Halves, Reads, Writes, check_adapter, core_at, fold_gguf, halves
+from edge_steer.export.folding import Reads, Writes, fold_gguf
 from edge_steer.export.gguf_bytes import map_model, text, write_float32
+from edge_steer.export.halves import Halves, check_adapter, core_at, halves
 from edge_steer.export.lora_notes import modelfile, notes
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, check_linear, linear_actions

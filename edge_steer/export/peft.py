@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
-from edge_steer.export.folding import EMBEDDING, HEAD, check_adapter, core_at, halves
+from edge_steer.export.folding import EMBEDDING, HEAD
+from edge_steer.export.halves import check_adapter, core_at, halves
 from edge_steer.export.hf_weights import blocks_of, read_checkpoint, write_safetensors
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
