@@ -113,13 +113,6 @@ class Folding:
     untied: bool = False
 
     @property
-    def in_stream(self) -> bool:
-        """Whether the residual stream itself is turned."""
-        return any(
-            isinstance(part, Writes) or (isinstance(part, Reads) and part.stream) for part in self.parts.values()
-        )
-
-    @property
     def weights(self) -> dict[str, Reads | Writes]:
         """The matrices among the parts: what an adapter can change."""
         return {
