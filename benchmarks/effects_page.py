@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,14 @@ def write_page(top: Path, results: Path = RESULTS) -> None:
     parts = [
         "## Effect at equal divergence",
         "",
-        f"`{' '.join(['python', *sys.argv])}`",
+        "`python benchmarks/effects.py` (resumes; cells that are missing were not measured)",
         "",
         "Each method's dials at a KL of 0.25 from unsteered (within 20 %, or 90° where a turn never costs so much), "
         "and the change of the probe gap from one end to the other, nats per token, with its standard error over 12 "
         "probes. Probes and neutral passages are others than calibration measured on. *default* is what `calibrate "
         "--preset` makes; *former default* is rotation at the norms before attention; *addition* is the better of "
-        "attention norms and residual stream; *system prompt* asks for the trait in words, at no budget.",
+        "attention norms and residual stream; *ablation* has no dial and *system prompt* asks for the trait in words: both "
+        "cost what they cost.",
         "",
         *headline(rows, models),
         "",
