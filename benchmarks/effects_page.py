@@ -35,8 +35,8 @@ def write_page(top: Path, results: Path = RESULTS) -> None:
         "and the change of the probe gap from one end to the other, nats per token, with its standard error over 12 "
         "probes. Probes and neutral passages are others than calibration measured on. *default* is what `calibrate "
         "--preset` makes; *former default* is rotation at the norms before attention; *addition* is the better of "
-        "attention norms and residual stream; *ablation* has no dial and *system prompt* asks for the trait in words: both "
-        "cost what they cost.",
+        "attention norms and residual stream; *ablation* has no dial and *system prompt* asks for the trait in words: "
+        "both cost what they cost.",
         "",
         *headline(rows, models),
         "",
