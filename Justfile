@@ -109,3 +109,7 @@ bench-speed *args:
 # What every method does within the damage budget: the quality part of docs/results.md (hours; resumes)
 bench-quality *args:
     {{python}} benchmarks/quality.py {{args}}
+
+# Effects, texts and crossed presets on four models, the 1.5B among them: the first part of docs/results.md (hours; resumes)
+bench-effects *args:
+    {{python}} benchmarks/effects.py {{args}}
