@@ -132,7 +132,7 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(place: Path
         ("-o out", 2, "expected -s FILE or --methods"),
         ("-s mood.gguf --methods local -o out", 2, "expected -s FILE or --methods"),
         ("--methods local -o out", 2, "expected --preset NAME"),
-        ("--methods local,best --preset sentiment -o out", 1, "expected methods among local, global"),
+        ("--methods local,best --preset sentiment -o out", 1, "expected methods among local, stream, global"),
         ("--methods local,local --preset sentiment -o out", 1, "expected each method once"),
         ("--methods local --preset nice -o out", 1, "expected a preset among"),
         ("--methods local --positive p.txt -o out", 2, "got no --negative"),
