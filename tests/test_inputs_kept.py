@@ -25,6 +25,9 @@ def place(tmp_path: Path) -> Path:
     for name in ("p", "n"):
         (tmp_path / f"{name}.txt").write_text(f"I {name} tea\nI {name} rain\n")
     steering_for(model).with_(angle=8.0).save(tmp_path / "s.gguf")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "s.gguf").write_bytes((tmp_path / "s.gguf").read_bytes())
+    (tmp_path / "out" / "sweep.csv").write_text("prompt\nI like tea\n")
     (tmp_path / "soft.gguf").symlink_to(model)
     os.link(model, tmp_path / "hard.gguf")
     return tmp_path
@@ -43,6 +46,8 @@ CALIBRATE = "calibrate -m {}/llama.gguf --positive {}/p.txt --negative {}/n.txt 
         "export -m {}/llama.gguf -s {}/s.gguf --to embedded --force -o {}/s.gguf",
         "export -m {}/llama.gguf -s {}/s.gguf --to lora --angle 8 --force -o {}/llama",
         "import {}/s.gguf -m {}/llama.gguf --force -o {}/hard.gguf",
+        "export -m {}/llama -s {}/out/s.gguf --to hf --force -o {}/out",
+        "sweep -m {}/llama.gguf -s {}/s.gguf --positive {}/out/sweep.csv --negative {}/n.txt -o {}/out",
         "convert {}/llama --force -o {}/llama/config.json",
         "convert {}/llama -s {}/s.gguf --force -o {}/s.gguf",
     ],

@@ -74,8 +74,7 @@ def export(
         kinds = ("a Hugging Face directory", "a GGUF")
         wanted, got = kinds if wants_folder else kinds[::-1]
         raise SteerError(f"expected {wanted} for --to {to}, got {got} at {path}")
-    if not wants_folder:
-        _check_outputs(output, to, path, steering)
+    _check_outputs(output, to, path, steering)
     for written in _write(to, path, Path(output), steerings, steered_type, force):
         click.echo(written)
 
@@ -86,6 +85,8 @@ def _check_outputs(output: str, to: str, model: Path, steering: tuple[str, ...])
 
     endings = (".gguf", ".Modelfile", "-cos.gguf", "-sin.gguf", ".md") if to == "lora" else ()
     outputs = [Path(f"{stem(output)}{ending}") for ending in endings] or [Path(output)]
+    if to in ("peft", "hf"):  # a folder is replaced as a whole
+        outputs = [each for each in Path(output).rglob("*") if each.is_file()]
     options.check_not_an_input(outputs, model, *(split_dial(each)[0] for each in steering))
 
 
@@ -157,7 +158,9 @@ def _write(
 
         baked = bake_gguf(model, output, dialled, steered_type=steered_type, force=force, progress=bar)
     rounding = ", ".join(f"{kind} {error:.1e}" for kind, error in baked.rounding.items() if error)
-    _say(f"{baked.path}: {names} in {baked.weights} weights" + (f"; relative rounding: {rounding}" if rounding else ""))
+    untied = ", the head, which was the embedding, now a weight of its own" if baked.untied else ""
+    rounded = f"; relative rounding: {rounding}" if rounding else ""
+    _say(f"{baked.path}: {names} in {baked.weights} weights{untied}{rounded}")
     return [baked.path]
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Texts here are short; a longer context costs memory only.
 CONTEXT = 1024
+OUTPUTS = ("sweep.csv", "sweep.json", "points.jsonl", "effect-damage.png", "by-angle.png", "layers.png")
 # Of a user's own prompts, every fifth is kept from calibration.
 HELD_OUT = 5
 
@@ -104,6 +105,8 @@ def sweep(
     dials = _dials(angles)
     folder = Path(output)
     _check_folder(folder)
+    outputs = [folder / each for each in OUTPUTS]
+    options.check_not_an_input(outputs, model, steering, positive, negative, probes)
     own_probes = read_probes(probes) if probes else ()
     if steering is not None:
         steerings, held_out, known_probes = _from_file(steering, preset, positive, negative)
@@ -313,7 +316,7 @@ def _print(curves: Sequence[Curve], budget: Budget, folder: Path) -> None:
         console.print(_comparison(curves, Table))
         for curve in curves:
             click.echo(_recommended(curve))
-    click.echo(f"\n{folder}: sweep.csv, sweep.json, points.jsonl, effect-damage.png, by-angle.png, layers.png")
+    click.echo(f"\n{folder}: {', '.join(OUTPUTS)}")
 
 
 def _table(kind: Any, *titles: str) -> Any:
