@@ -32,6 +32,7 @@ from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
 from edge_steer.runtime import rpc
 from edge_steer.runtime.native import Record
+from edge_steer.runtime.transcript import read_transcript
 from edge_steer.steering import OPERATORS, Operator
 
 needs_rpc = pytest.mark.skipif(
@@ -142,12 +143,15 @@ def test_generate_answers_the_same_over_servers(servers: list[str], model: Path)
     assert answers[0].stdout.strip()
 
 
-@needs_rpc
-def test_a_lost_server_ends_the_program_with_one_line(model: Path) -> None:
+@contextmanager
+def chatting(
+    model: Path, folder: Path, max_tokens: int
+) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
+    """A chat over a server that has begun its first answer, and the server; the chat runs in `folder`."""
     with serving() as (address, server):
         command = [sys.executable, "-m", "edge_steer", "chat", "-m", str(model), "--rpc", address]
         chat = subprocess.Popen(
-            [*command, "--max-tokens", "4", "--ctx", "256", "--threads", "1"],
+            [*command, "--max-tokens", str(max_tokens), "--ctx", "4096", "--threads", "1"], cwd=folder,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert chat.stdin is not None
@@ -155,15 +159,49 @@ def test_a_lost_server_ends_the_program_with_one_line(model: Path) -> None:
         chat.stdin.write(b"Hello\n")
         chat.stdin.flush()
         assert chat.stdout.read(1)
-        server.send_signal(signal.SIGKILL)
-        server.wait()
-        _, said = chat.communicate(b"Hello\n" * 3, timeout=120)
-    assert chat.returncode == 1
-    assert [line for line in said.decode().splitlines() if "Error" in line] == [
-        "Error: an RPC server was lost; start it again, then repeat"
-    ]
+        yield chat, server
+
+
+def errors_of(said: bytes) -> list[str]:
     assert "Traceback" not in said.decode()
     assert ".cpp" not in said.decode()
+    return [line for line in said.decode().splitlines() if "Error" in line]
+
+
+@needs_rpc
+def test_a_server_lost_between_answers_costs_no_conversation(model: Path, tmp_path: Path) -> None:
+    with chatting(model, tmp_path, 4) as (chat, server):
+        assert chat.stdout is not None
+        while chat.stdout.read(1) != b"\n":
+            pass
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+        _, said = chat.communicate(b"Hello\n/save kept.json\n", timeout=120)
+    (error,) = errors_of(said)
+    assert error.startswith("Error: RPC server 127.0.0.1:")
+    assert "was lost" in error
+    assert chat.returncode == 1
+    assert [each["role"] for each in read_transcript(tmp_path / "kept.json").messages] == ["user", "assistant"]
+
+
+@needs_rpc
+def test_a_server_lost_in_the_middle_of_an_answer_ends_the_chat_with_its_conversation_kept(
+    model: Path, tmp_path: Path
+) -> None:
+    with chatting(model, tmp_path, 4) as (chat, server):
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        while chat.stdout.read(1) != b"\n":
+            pass
+        chat.stdin.write(b"/angle\n" + b"Hello\n" * 2000)  # one answer after another, until it is lost
+        chat.stdin.flush()
+        assert chat.stdout.read(40)
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+        _, said = chat.communicate(timeout=120)
+    assert chat.returncode == 1
+    errors = errors_of(said)
+    assert "lost" in errors[-1]
 
 
 @pytest.mark.skipif(llama_cpp.llama_supports_rpc(), reason="this build has RPC")

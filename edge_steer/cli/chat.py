@@ -16,6 +16,7 @@ from edge_steer.cli import options
 @options.sampling_options
 @options.run_options
 @options.rpc_option
+@click.option("--resume", metavar="FILE", help="Go on with a conversation that /save wrote, at its dials.")
 def chat(
     model: str,
     steering: tuple[str, ...],
@@ -30,6 +31,7 @@ def chat(
     seed: int,
     chat_template: str | None,
     rpc: tuple[str, ...],
+    resume: str | None,
     **sampling: Any,
 ) -> None:
     """Chat in the terminal, with the dial live.
@@ -43,13 +45,17 @@ def chat(
     import sys
     from contextlib import suppress
     from functools import partial
+    from pathlib import Path
 
     from edge_steer.errors import SteerError
+    from edge_steer.runtime import rpc as rpc_servers
+    from edge_steer.runtime import transcript
     from edge_steer.runtime.chat import Chat
     from edge_steer.runtime.repl import Repl
 
     if sys.stdin is None:
         raise SteerError("expected standard input to read from, got it closed")
+    earlier = None if resume is None else transcript.read_transcript(Path(resume))
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
@@ -69,10 +75,13 @@ def chat(
             raise EOFError
         return line.removeprefix("\ufeff")  # the mark that some editors and shells put first
 
-    repl = Repl(
-        Chat(llm, options.sampling(seed=seed, **sampling), system, note=note),
-        read, say=partial(click.echo, nl=False), note=note,
-    )  # fmt: skip
+    conversation = Chat(llm, options.sampling(seed=seed, **sampling), system, note=note)
+    if earlier:
+        transcript.resume(conversation, earlier)
+        if not options.names_angles(steering, angle, strength):
+            llm.angles.update({name: dial for name, dial in earlier.angles.items() if name in llm.angles})
+    rpc_servers.last_words.append(lambda: transcript.save_beside(conversation))
+    repl = Repl(conversation, read, say=partial(click.echo, nl=False), note=note)
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input(), where the platform has it

@@ -182,6 +182,13 @@ def open_model(
     return llm
 
 
+def names_angles(steering: Sequence[str], angle: float | None, strength: float | None) -> bool:
+    """Whether the steering options say where a dial stands."""
+    from edge_steer.runtime.dials import split_dial
+
+    return angle is not None or strength is not None or any(split_dial(each)[1] is not None for each in steering)
+
+
 def output_path(output: str, force: bool, *inputs: str | Path | None) -> Path:
     """Where to write, looked at before the work is done.
 

@@ -41,7 +41,7 @@ from edge_steer.runtime.dials import (
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.native import Hook, Record
-from edge_steer.runtime.rpc import connect
+from edge_steer.runtime.rpc import check_servers, connect
 from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.runtime.tokens import Tokenizer
 from edge_steer.sites import Site, architecture
@@ -367,6 +367,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         """Evaluate tokens under `actions` and stamp them with that state."""
         if len(tokens) == 0:
             return
+        if self._rpc:
+            check_servers(self._rpc)
         self._engine.apply(actions)
         begin = self.n_tokens
         try:

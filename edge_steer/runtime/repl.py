@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from edge_steer.errors import SteerError
 from edge_steer.runtime.chat import Answer, Chat
-from edge_steer.whole_file import whole_file
+from edge_steer.runtime.transcript import save_transcript
 
 HELP = """\
 /angle 8         turn the dial (the coefficient for addition); acts from the next token on
@@ -20,7 +19,7 @@ HELP = """\
 /compare TEXT    answer TEXT at −, off and +, same seed; not remembered
                  (at the ends of the safe range where one was measured, else at the last angle and its opposite)
 /reset           forget the conversation
-/save FILE       write the conversation as JSON
+/save FILE       write the conversation as JSON; `chat --resume FILE` goes on with it
 /help            this list
 /quit            leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
@@ -176,14 +175,5 @@ class Repl:
         if not file:
             raise SteerError("expected /save FILE, got no file")
         path = Path(file).expanduser()
-        if path.exists():
-            raise SteerError(f"{path} exists; choose another name")
-        record = {
-            "model": Path(self.chat.llm.model_path).name,
-            "angles": dict(self.dials),
-            "scope": self.chat.llm.scope,
-            "messages": self.chat.messages(),
-        }
-        with whole_file(path) as part:
-            part.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        save_transcript(self.chat, path)
         self.note(f"saved {path}")

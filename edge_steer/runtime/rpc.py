@@ -12,7 +12,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from functools import cache
 
@@ -101,12 +102,62 @@ def _greet(server: str) -> None:
         )
 
 
+# What else is done before the process ends, each a function that returns a line for the user.
+last_words: list[Callable[[], str]] = []
+_told_lost = False
+
+
 def _end(message: bytes) -> None:
-    """What ggml calls before it aborts. A lost server is no reason for a core dump."""
+    """What ggml calls before it aborts. A lost server is no reason for a core dump, nor for a lost conversation."""
     text = message.decode(errors="replace")
-    line = "an RPC server was lost; start it again, then repeat" if "RPC" in text else f"llama.cpp stopped: {text}"
-    os.write(2, f"\nError: {line}\n".encode())
+    lost = "RPC" in text
+    if not (lost and _told_lost):
+        line = "an RPC server was lost; start it again, then repeat" if lost else f"llama.cpp stopped: {text}"
+        _tell(f"\nError: {line}\n")
+        for words in last_words:
+            with suppress(Exception):  # the process ends in any case
+                _tell(f"{words()}\n")
     os._exit(1)
+
+
+def _tell(text: str) -> None:
+    os.write(2, text.encode(errors="replace"))
+
+
+def check_servers(servers: Sequence[str]) -> None:
+    """Raise SteerError where one of `servers` has closed its connection with this process: to ask it anything would end
+    the process. A machine that vanished without a word is not noticed, nor anything on Windows, whose sockets are no
+    files."""
+    global _told_lost
+    wanted = {_address(server): server for server in servers}
+    for number in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
+        with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connection:
+            server = wanted.get(connection.getpeername()[:2])
+            if server is not None and _is_closed(connection):
+                _told_lost = True
+                raise SteerError(
+                    f"RPC server {server} was lost, and the model's layers with it; start it again, then this program"
+                )
+
+
+@cache
+def _address(server: str) -> tuple[str, int]:
+    """The numbers of the peer that ggml has a connection with."""
+    host, port = parse_endpoint(server)
+    try:
+        return socket.gethostbyname(host), port
+    except OSError:
+        return host, port
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has ended a connection."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 _END = _Abort(_end)  # ggml keeps its address
@@ -128,8 +179,9 @@ def _devices_of(server: str) -> tuple[int, ...]:
 def connect(servers: Sequence[str]) -> tuple[int, ...]:
     """ggml's devices on `servers`, each HOST:PORT, with those of this machine's GPUs behind them.
 
-    From then on a lost server ends the process with one line and exit code 1: ggml would abort it. Raises SteerError
-    where a server does not answer or this llama.cpp is built without RPC.
+    From then on a server that is lost in the middle of a computation ends the process with one line and exit code 1,
+    after `last_words`: ggml would abort it. Raises SteerError where a server does not answer or this llama.cpp is built
+    without RPC.
     """
     devices = [device for server in dict.fromkeys(servers) for device in _devices_of(server)] + _local_gpus()
     if len(devices) > _MOST_DEVICES:
