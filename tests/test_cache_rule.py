@@ -117,7 +117,7 @@ def test_a_dial_moved_during_an_answer_acts_from_the_next_token_and_marks_it(mod
         if len(said) == 6:
             break
     stream.close()
-    moved = [llm._stamps[i] for i in range(len(ONE), llm.n_tokens)]
+    moved = llm._cache_stamps.save(llm.n_tokens)["states"][len(ONE) :]
     assert moved[:2] == [moved[0]] * 2
     assert moved[2:] == [moved[2]] * len(moved[2:])
     assert moved[0] != moved[2]

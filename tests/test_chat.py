@@ -18,7 +18,8 @@ import tiny
 from edge_steer.contrast import ChatTemplate
 from edge_steer.errors import SteerError
 from edge_steer.runtime.chat import Answer, Chat, Sampling, stream_answer
-from edge_steer.runtime.llama import Message, SteeredLlama
+from edge_steer.runtime.hooked_llama import Message
+from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.repl import Repl
 
 QUICK = Sampling(max_tokens=12)

@@ -19,7 +19,7 @@ import tiny
 
 from edge_steer import SteerError
 from edge_steer.model_file import read_model
-from edge_steer.runtime import llama as seam
+from edge_steer.runtime import hooked_llama as seam
 from edge_steer.runtime import native
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import architecture

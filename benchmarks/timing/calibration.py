@@ -39,7 +39,7 @@ def recording_rows(path: Path, threads: int) -> list[Row]:
             begun = time.perf_counter()
             for prompt in asked:
                 tokens = llm.text_tokens(llm.chat_template.prompt_text(prompt))
-                llm._keep(llm._shared(tokens[:-1]) if sharing else 0)
+                llm.keep(llm.shared(tokens[:-1]) if sharing else 0)
                 Llama.eval(llm, tokens[llm.n_tokens :])
             return {"prompt": (time.perf_counter() - begun) / len(asked)}
 

@@ -11,9 +11,10 @@ import click
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edge_steer.runtime.cache import Scope
     from edge_steer.runtime.chat import Sampling
     from edge_steer.runtime.engines import EngineName
-    from edge_steer.runtime.llama import Scope, SteeredLlama
+    from edge_steer.runtime.llama import SteeredLlama
 
 F = TypeVar("F", bound=Callable[..., Any])
 

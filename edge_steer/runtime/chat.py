@@ -9,7 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from edge_steer.errors import SteerError
-from edge_steer.runtime.llama import Message, SteeredLlama
+from edge_steer.runtime.hooked_llama import Message
+from edge_steer.runtime.llama import SteeredLlama
 
 # A plain chat parts its turns by blank lines; a base model would go on to ask the next question itself.
 PLAIN_STOP = "\n\n"

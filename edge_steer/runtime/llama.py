@@ -1,35 +1,23 @@
 """SteeredLlama: a llama_cpp.Llama whose activations are turned as it runs.
 
-This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the model from
-`self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
-only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
-`_init_sampler` making what chooses a token. native.py checks the version.
-
-The cache rule: a cached token is valid only for the steering state that computed it. Every cached token bears the
-state it was computed under; before an answer, the cache is cut at the first token that does not fit.
+hooked_llama.py holds the seam into llama-cpp-python, cache.py the rule that is kept here.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp import Llama
-from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 from numpy.typing import NDArray
 
-from edge_steer.chat_format import BoundedChatFormatter
-from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
-from edge_steer.errors import NoEffectError, SteerError, shown
+from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
+from edge_steer.runtime.cache import CacheStamps, Scope
 from edge_steer.runtime.dials import (
     FILE_DEFAULT,
     Dials,
@@ -40,30 +28,16 @@ from edge_steer.runtime.dials import (
     warn_of_overlap,
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
-from edge_steer.runtime.native import Hook, Record
-from edge_steer.runtime.rpc import check_servers, connect
-from edge_steer.runtime.sampling import Penalties, Sampler
-from edge_steer.runtime.tokens import Tokenizer
-from edge_steer.sites import Site, architecture
+from edge_steer.runtime.hooked_llama import HookedLlama
+from edge_steer.runtime.measuring import read_logits, record_activations
+from edge_steer.runtime.native import Record
+from edge_steer.runtime.rpc import check_servers
+from edge_steer.sites import architecture
 
-Message = Mapping[str, str]  # role and content
-Scope = Literal["all", "response"]
-
-_OFF = 0  # the number of the state in which nothing acts
-_UNKNOWN = -1  # of a token cached by something else
+Actions = tuple[Action | None, ...]  # of the steerings, in their order; None is off
 
 
-def _is_jinja(template: str) -> bool:
-    """Whether a template is Jinja's text, not the name of one of llama.cpp's."""
-    return "{" in template or "\n" in template
-
-
-def _refused(reason: str, **_: Any) -> Any:
-    """A chat handler for a template that does not render."""
-    raise SteerError(reason)
-
-
-class SteeredLlama(Llama):  # type: ignore[misc]
+class SteeredLlama(HookedLlama):
     """A llama_cpp.Llama with steerings.
 
     steering: one or several, as values or paths; they apply in the order given. None: those that the model's file
@@ -110,50 +84,14 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._angles = first_dials(self.steerings, angle, angles)
         self.scope = scope
 
-        self._template = template
-        self._made = False
-        self._rpc = tuple(rpc)
-        devices = connect(self._rpc) if self._rpc else ()
-        self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices)  # ends with a null; llama.cpp reads it once
-        if self._rpc:
-            llama.setdefault("n_gpu_layers", -1)
-        self._hook = Hook(arch, sites, file.embedding_length)
-        self._states = {"": _OFF}  # key, the same in every process, to number
-        self._numbered: dict[tuple[tuple[Action | None, ...], bool], int] = {}
-        self._latest_actions: tuple[Action | None, ...] | None = None  # what `_state` was asked for last, and said
-        self._latest_response, self._latest_state = False, _OFF
         self._generating = self._answering = False
-        self._pieces: dict[int, bytes | None] = {}
-
-        llama.setdefault("verbose", False)
-        # llama.cpp rounds the context up to a multiple of 256; llama-cpp-python's own arrays must be as long.
-        llama["n_ctx"] = -(-llama.get("n_ctx", 512) // 256) * 256
-        try:
-            str(model_path).encode()
-        except UnicodeEncodeError:
-            raise SteerError(f"expected a model path in UTF-8, got {shown(str(model_path))}; rename the file") from None
-        try:
-            super().__init__(str(model_path), **llama)
-        except ValueError as error:
-            if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
-                raise
-            raise SteerError(
-                f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
-                "fetch it again, or give less --ctx or --gpu-layers where memory is short"
-            ) from None
-        self._made = True
-        self.tokenizer_ = Tokenizer(self)
-        # Which state computed a cached token, and where a response began; meaningful below n_tokens.
-        self._stamps = np.zeros(len(self.input_ids), np.int32)
-        self._opens = np.zeros(len(self.input_ids), np.bool_)
+        super().__init__(model_path, file, arch, rpc=rpc, template=template, **llama)
+        self._cache_stamps = CacheStamps(len(self.input_ids), [each.fingerprint for each in self.steerings])
         everywhere = self.model_params.n_gpu_layers > file.block_count and llama_cpp.llama_supports_gpu_offload()
         self.engine = choose_engine(engine, self.steerings, offloaded=everywhere)
         self._engine: Engine = (
             HookEngine(self._hook, self.steerings) if self.engine == "hook" else LoraEngine(self, file, self.steerings)
         )
-        self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))
-        if self._chose_chat_format:
-            self._choose_chat_format()
 
     # --- the dial ---------------------------------------------------------------------------------------------
 
@@ -197,99 +135,6 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             raise SteerError(f"angle is for one steering, this model has {len(self.steerings)}; use angles")
         return self.steerings[0].name
 
-    # --- making the model and the context ---------------------------------------------------------------------
-
-    @property
-    def model_params(self) -> Any:
-        """llama.cpp's model parameters. Llama fills them in; the devices of RPC servers are named as they arrive."""
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
-        if self._rpc:
-            params.devices = ctypes.addressof(self._devices)
-        self._model_params = params
-
-    @property
-    def context_params(self) -> Any:
-        """llama.cpp's context parameters. Llama fills them in; the hook is put in place as they arrive."""
-        return self._context_params
-
-    @context_params.setter
-    def context_params(self, params: Any) -> None:
-        callback_type = type(params.cb_eval)
-        params.cb_eval = callback_type(self._hook.callback)
-        params.cb_eval_user_data = self._hook.user_data
-        self._context_params = params
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The model's metadata. While Llama is made, without chat templates: it would compile them unbounded."""
-        return self._metadata if self._made else {k: v for k, v in self._metadata.items() if "chat_template" not in k}
-
-    @metadata.setter
-    def metadata(self, values: dict[str, str]) -> None:
-        self._metadata = values
-
-    def _choose_chat_format(self) -> None:
-        """Chat completions use the model's own template as it stands, or the plain one; never another model's.
-
-        llama-cpp-python adds no BOS to a rendered chat; where the model wants one and its template writes none, it is
-        written here, so that a chat has the tokens that were calibrated on.
-        """
-        try:
-            template = self.chat_template
-            text = template.render([{"role": "user", "content": "x"}]) if template.source else ""
-        except SteerError as error:
-            self.chat_handler = partial(_refused, str(error))  # it may be wanted for anything but chats
-            return
-        bos = self._token_text(self.token_bos())
-        adds_bos = self._model.add_bos_token()
-        if template.source is None:
-            source, bos = PLAIN_TEMPLATE, bos if adds_bos else ""
-        elif adds_bos and not template.starts_with_bos(text):
-            source = "{{ bos_token }}" + template.source
-        else:
-            source = template.source
-        if self._template is not None and not _is_jinja(self._template):
-            head = bos if adds_bos and not template.starts_with_bos(text) else ""
-            self.chat_handler = chat_formatter_to_chat_completion_handler(
-                lambda messages, **_: ChatFormatterResponse(head + template.render(messages), added_special=True)
-            )
-            return
-        eos = self.token_eos()
-        formatter = BoundedChatFormatter(source, self._token_text(eos), bos, stop_token_ids=[eos])
-        self.chat_handler = formatter.to_chat_handler()
-
-    def _token_text(self, token: int) -> str:
-        return "" if token < 0 else str(self._model.token_get_text(token))
-
-    @cached_property
-    def chat_template(self) -> ChatTemplate:
-        """How this model's chats are written."""
-        if self._template is not None and not _is_jinja(self._template):
-            return ChatTemplate.builtin(self._template, self._token_text(self.token_bos()))
-        return ChatTemplate.from_gguf(
-            self._template or self.metadata.get("tokenizer.chat_template"),
-            self._token_text(self.token_bos()),
-            self._token_text(self.token_eos()),
-        )
-
-    def text_tokens(self, text: str) -> list[int]:
-        """Tokens of a rendered text; a BOS that it does not bear is added where the model wants one."""
-        return list(self.tokenize(text.encode(), add_bos=not self.chat_template.starts_with_bos(text), special=True))
-
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a chat, generation prompt included."""
-        return self.text_tokens(self.chat_template.render(messages))
-
-    def piece(self, token: int) -> bytes | None:
-        """A generated token's part of the text; None where it ends the answer."""
-        if token not in self._pieces:
-            ends = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
-            self._pieces[token] = None if ends else self.detokenize([token])
-        return self._pieces[token]
-
     def close(self) -> None:
         """Free the engine, the context, the model, then the hook that the context calls."""
         if engine := self.__dict__.pop("_engine", None):
@@ -315,95 +160,75 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             own |= {"chat_format": None, "chat_handler": None}
         return {**super().__getstate__(), **own}
 
-    # --- sampling ---------------------------------------------------------------------------------------------
-
-    def _init_sampler(
-        self,
-        *,
-        repeat_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        logits_processor: Any = None,
-        grammar: Any = None,
-        **how: Any,
-    ) -> Any:
-        """Llama's sampler, quicker where nothing of Python's comes before the penalties."""
-        penalties = Penalties(self.last_n_tokens_size, repeat_penalty, frequency_penalty, presence_penalty)
-        if logits_processor is not None:
-            charges = {f"{name}_penalty": getattr(penalties, name) for name in ("repeat", "frequency", "presence")}
-            return super()._init_sampler(**how, **charges, logits_processor=logits_processor, grammar=grammar)
-        greedy = grammar is None and how.get("temp") == 0
-        return Sampler(self._n_vocab, penalties, None if greedy else super()._init_sampler(**how, grammar=grammar))
-
-    # --- the cache rule ---------------------------------------------------------------------------------------
+    # --- evaluating -------------------------------------------------------------------------------------------
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens under the dials as they stand now.
 
         With scope "response", all but the last token of a prompt are evaluated unsteered.
         """
-        actions = self._angles.actions()
-        response = self._scope == "response"
-        if response and not self._answering:
-            self._eval_under(self._all_off, tokens[:-1])
+        actions, response = self._angles.actions(), self._scope == "response"
+        opens = response and not self._answering
+        if opens:
+            self.evaluate(self.all_off, tokens[:-1])
             tokens = tokens[-1:]
-        begin = self.n_tokens
-        self._eval_under(actions, tokens, response)
-        if response and not self._answering:
-            self._opens[begin : self.n_tokens] = True
+        self.evaluate(actions, tokens, response, opens=opens)
         self._answering = self._generating
 
-    @property
-    def _all_off(self) -> tuple[Action | None, ...]:
-        return (None,) * len(self.steerings)
-
-    def _eval_under(
+    def evaluate(
         self,
-        actions: tuple[Action | None, ...],
+        actions: Actions,
         tokens: Sequence[int],
         response: bool = False,
-        evaluate: Callable[[Sequence[int]], None] | None = None,
-    ) -> None:
-        """Evaluate tokens under `actions` and stamp them with that state."""
+        *,
+        opens: bool = False,
+        every_row: bool = False,
+    ) -> list[NDArray[np.float32]]:
+        """Evaluate tokens under `actions` and stamp them with that state; opens: a response begins with the first.
+
+        every_row: returns the logits behind each token, (n, vocabulary) for each batch; only the last token's are kept
+        otherwise, or every token's in `scores` with logits_all. Raises SteerError where a steering fails to act.
+        """
+        rows: list[NDArray[np.float32]] = []
         if len(tokens) == 0:
-            return
+            return rows
         if self._rpc:
             check_servers(self._rpc)
         self._engine.apply(actions)
         begin = self.n_tokens
         try:
-            (evaluate or super().eval)(tokens)
+            self._ctx.kv_cache_seq_rm(-1, begin, -1)
+            for first in range(0, len(tokens), self.n_batch):
+                batch, at = tokens[first : first + self.n_batch], self.n_tokens
+                self._batch.set_batch(batch, at, every_row or self._logits_all)
+                self._ctx.decode(self._batch)
+                self.input_ids[at : at + len(batch)] = batch
+                if every_row or self._logits_all:
+                    found = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
+                    if self._logits_all:
+                        self.scores[at : at + len(batch)] = found
+                    rows += [found.copy()] if every_row else []
+                self.n_tokens = at + len(batch)
             self._engine.check()
         except SteerError:
             self.reset()
             raise
         finally:
-            self._stamps[begin : self.n_tokens] = self._state(actions, response)
-            self._opens[begin : self.n_tokens] = False
+            if self.n_tokens > begin:
+                self._cache_stamps.stamp(begin, self.n_tokens, self._cache_stamps.state(actions, response), opens=opens)
+        self._requires_eval = every_row  # what Llama would sample from are then not the logits of the last token alone
+        return rows
 
-    def _state(self, actions: tuple[Action | None, ...], response: bool) -> int:
-        """Number of a steering state. States that act alike are one; off is always the same."""
-        if actions is self._latest_actions and response == self._latest_response:
-            return self._latest_state
-        number = self._numbered.get((actions, response))
-        if number is None:
-            acting = [
-                f"{steering.fingerprint} {action}"
-                for steering, action in zip(self.steerings, actions, strict=True)
-                if action is not None
-            ]
-            digest = hashlib.sha256("\n".join(acting).encode()).hexdigest()
-            key = f"{'response' if response else 'all'} {digest}" if acting else ""
-            number = self._states.setdefault(key, len(self._states))
-            self._numbered[actions, response] = number
-        self._latest_actions, self._latest_response, self._latest_state = actions, response, number
-        return number
+    @property
+    def all_off(self) -> Actions:
+        """What the steerings do where all are off."""
+        return (None,) * len(self.steerings)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again."""
         tokens = list(tokens)
         if kwargs.get("reset", True):
-            self._cut_cache(tokens)
+            self.cut_cache(tokens)
         self._generating, self._answering = True, False
         try:
             stream = super().generate(tokens, *args, **kwargs)
@@ -428,73 +253,50 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         sampler, context = self._sampler, self._ctx
         while True:
             sent = yield token
-            if sent is None:
-                self._step(token)
-            else:
-                self.eval([token, *sent])
+            self.eval([token] if sent is None else [token, *sent])
             token = sampler.sample(context, -1)
 
-    def _step(self, token: int) -> None:
-        """`eval` of one token of an answer."""
-        actions, at = self._angles.actions(), self.n_tokens
-        self._engine.apply(actions)
-        try:
-            self._ctx.kv_cache_seq_rm(-1, at, -1)
-            self._batch.set_batch([token], at, False)
-            self._ctx.decode(self._batch)
-            self._engine.check()
-        except SteerError:
-            self.reset()
-            raise
-        self.input_ids[at] = token
-        self._stamps[at] = self._state(actions, self._scope == "response")
-        self._opens[at] = False
-        self.n_tokens += 1
+    # --- the cache --------------------------------------------------------------------------------------------
 
-    def _cut_cache(self, tokens: list[int]) -> None:
+    def usable(self, shared: int, length: int, actions: Actions, scope: Scope) -> int:
+        """How many of the first `shared` cached tokens, which a prompt of `length` tokens begins with, an answer under
+        `actions` may use."""
+        now = self._cache_stamps.state(actions, scope == "response")
+        return self._cache_stamps.usable(shared, length, now, scope)
+
+    def cut_cache(self, tokens: Sequence[int]) -> None:
         """Forget the cached tokens from the first on that an answer to `tokens` must not use."""
-        shared = self._shared(tokens)
-        stamps = self._stamps[:shared]
-        now = self._state(self._angles.actions(), self._scope == "response")
-        if self._scope == "all":
-            fits = stamps == now
-        else:
-            written = [number for key, number in self._states.items() if key.startswith("response ")]
-            fits = (stamps == _OFF) | np.isin(stamps, written)
-            if shared == len(tokens):
-                fits[-1:] = stamps[-1:] == now
-        keep = shared if fits.all() else int(np.flatnonzero(~fits)[0])
-        # A former last prompt token without its answer is a prompt token again, which is not steered.
-        if self._scope == "response" and 0 < keep < len(tokens) and self._opens[keep - 1] and stamps[keep - 1] != _OFF:
-            keep -= 1
+        shared = self.shared(tokens)
+        keep = self.usable(shared, len(tokens), self._angles.actions(), self._scope)
         if keep < shared:
             self.n_tokens = keep
             self._requires_eval = True
 
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are cached, whatever state computed them."""
+        n = min(self.n_tokens, len(tokens))
+        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], self.input_ids.dtype))
+        return int(differ[0]) if len(differ) else n
+
+    def keep(self, count: int) -> None:
+        """Cut the cache to its first `count` tokens, or to none where a sliding window has moved past them."""
+        if count and self._ctx.kv_cache_seq_rm(-1, count, -1):
+            self.n_tokens = count
+            self._requires_eval = True
+        else:
+            self.reset()
+
     def save_state(self) -> Any:
         """As llama_cpp.Llama.save_state, with the steering state of every cached token."""
         state = super().save_state()
-        names = {number: key for key, number in self._states.items()}
-        stamps = self._stamps[: self.n_tokens]
-        state.steering = {
-            "stamps": [names.get(int(number)) for number in stamps],
-            "opens": self._opens[: self.n_tokens].tolist(),
-        }
+        state.steering = self._cache_stamps.save(self.n_tokens)
         return state
 
     def load_state(self, state: Any) -> None:
         """As llama_cpp.Llama.load_state. Tokens saved under another steering state are evaluated again when used."""
         super().load_state(state)
-        known = getattr(state, "steering", None)
-        if known is None:  # saved by a plain Llama: unsteered, and good for that only
-            self._stamps[: self.n_tokens] = _UNKNOWN if any(self._angles.actions()) else _OFF
-            self._opens[: self.n_tokens] = False
-            return
-        numbers = [
-            _UNKNOWN if key is None else self._states.setdefault(key, len(self._states)) for key in known["stamps"]
-        ]
-        self._stamps[: self.n_tokens] = numbers
-        self._opens[: self.n_tokens] = known["opens"]
+        saved = getattr(state, "steering", None)
+        self._cache_stamps.load(self.n_tokens, saved, unsteered=not any(self._angles.actions()))
 
     # --- measuring and recording ------------------------------------------------------------------------------
 
@@ -503,52 +305,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
 
         tokens[:start] count as the prompt, the rest as the answer. Cached tokens that fit are not evaluated again.
         """
-        tokens = list(tokens)
-        if not 0 < start < len(tokens) <= self.n_ctx():
-            raise SteerError(
-                f"expected 0 < start < tokens <= {self.n_ctx()}, got {start} and {len(tokens)}; {self.longer()}"
-            )
-        self._cut_cache(tokens[:start])
-        self._keep(min(self._shared(tokens), start - 1))
-        actions, response = self._angles.actions(), self._scope == "response"
-        self._eval_under(self._all_off if response else actions, tokens[self.n_tokens : start - 1])
-        found: list[NDArray[np.float32]] = []
-
-        def evaluate(part: Sequence[int]) -> None:
-            # As Llama.eval, with a row of logits for every token; few at a time, a row can be a megabyte.
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-            for i in range(0, len(part), min(64, self.n_batch)):
-                batch = part[i : i + min(64, self.n_batch)]
-                self._batch.set_batch(batch=batch, n_past=self.n_tokens, logits_all=True)
-                self._ctx.decode(self._batch)
-                self.input_ids[self.n_tokens : self.n_tokens + len(batch)] = batch
-                self.n_tokens += len(batch)
-                found.append(np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab)).copy())
-
-        self._eval_under(actions, tokens[start - 1 : -1], response, evaluate)
-        if response:
-            self._opens[start - 1] = True
-        self._requires_eval = True  # what Llama would sample from are not the logits of the last token alone
-        return np.concatenate(found)
-
-    def longer(self) -> str:
-        """What to do about a text that is longer than the context."""
-        trained = int(self._model.n_ctx_train())
-        return "raise --ctx or shorten it" if trained > self.n_ctx() else f"shorten it: the model takes {trained}"
-
-    def _shared(self, tokens: Sequence[int]) -> int:
-        """How many of the first tokens are cached, whatever state computed them."""
-        n = min(self.n_tokens, len(tokens))
-        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], self.input_ids.dtype))
-        return int(differ[0]) if len(differ) else n
-
-    def _keep(self, count: int) -> None:
-        """Cut the cache to its first `count` tokens, or to none where a sliding window has moved past them."""
-        if count and self._ctx.kv_cache_seq_rm(-1, count, -1):
-            self.n_tokens = count
-            self._requires_eval = True
-        else:
-            self.reset()
+        return read_logits(self, tokens, start)
 
     def observe(self, tokens: Sequence[int], record: Record, *, steered: bool = False) -> None:
         """Evaluate a prompt and record the activations of its last token at every site of `hook_sites`.
@@ -557,25 +314,4 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         there itself. Tokens it shares with the last prompt are not evaluated again. Raises SteerError where it exceeds
         the context.
         """
-        tokens = list(tokens)
-        if not 0 < len(tokens) <= self.n_ctx():
-            raise SteerError(
-                f"expected a prompt of 1 to {self.n_ctx()} tokens, the context, got {len(tokens)}; {self.longer()}"
-            )
-        actions = self._angles.actions() if steered else self._all_off
-        shared = self._shared(tokens[:-1])
-        usable = self._stamps[:shared] == self._state(actions, False)
-        self._keep(shared if usable.all() else int(np.flatnonzero(~usable)[0]))
-        # The last micro-batch on its own: the only one whose last row is the prompt's last token.
-        last = min(len(tokens) - self.n_tokens, int(self.context_params.n_ubatch))
-        self._eval_under(actions, tokens[self.n_tokens : len(tokens) - last])
-        self._hook.record(record)
-        try:
-            self._eval_under(actions, tokens[len(tokens) - last :])
-        finally:
-            self._hook.record(None)
-
-    @property
-    def hook_sites(self) -> tuple[Site, ...]:
-        """Every site of the model that the hook knows, in the order of a Record's rows."""
-        return self._hook.sites
+        record_activations(self, tokens, record, steered=steered)

@@ -12,7 +12,7 @@ from typing import Any
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.json_file import read_json
 from edge_steer.runtime.chat import Chat
-from edge_steer.runtime.llama import Message
+from edge_steer.runtime.hooked_llama import Message
 from edge_steer.whole_file import whole_file
 
 _ROLES = ("system", "user", "assistant")

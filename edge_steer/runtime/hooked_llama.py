@@ -1,0 +1,191 @@
+"""HookedLlama: a llama_cpp.Llama whose graph the native hook sees, and whose texts are tokenized as transformers does.
+
+This file and llama.py are the one seam into llama-cpp-python. They rely on: `Llama.__init__` making the model from
+`self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
+only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
+`_init_sampler` making what chooses a token. native.py checks the version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp import Llama
+
+from edge_steer.contrast import ChatTemplate
+from edge_steer.errors import SteerError, shown
+from edge_steer.model_file import ModelFile
+from edge_steer.runtime.chat_handler import is_jinja, make_chat_handler
+from edge_steer.runtime.native import Hook, Record
+from edge_steer.runtime.rpc import connect
+from edge_steer.runtime.sampling import Penalties, Sampler
+from edge_steer.runtime.tokens import Tokenizer
+from edge_steer.sites import Architecture, Site
+
+Message = Mapping[str, str]  # role and content
+
+
+class HookedLlama(Llama):  # type: ignore[misc]
+    """A llama_cpp.Llama with the hook in its context; `_hook` turns and records nothing until it is told to.
+
+    file, arch: the model's, as read_model and architecture give them. rpc, template: as for SteeredLlama.
+    llama: for llama_cpp.Llama.
+    Raises SteerError where llama.cpp does not load the model.
+    """
+
+    n_tokens: int
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        file: ModelFile,
+        arch: Architecture,
+        *,
+        rpc: Sequence[str] = (),
+        template: str | None = None,
+        **llama: Any,
+    ) -> None:
+        self._template = template
+        self._made = False
+        self._rpc = tuple(rpc)
+        devices = connect(self._rpc) if self._rpc else ()
+        self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices)  # ends with a null; llama.cpp reads it once
+        if self._rpc:
+            llama.setdefault("n_gpu_layers", -1)
+        self._hook = Hook(arch, arch.sites(file.block_count, ",".join(arch.kinds)), file.embedding_length)
+        self._pieces: dict[int, bytes | None] = {}
+
+        llama.setdefault("verbose", False)
+        # llama.cpp rounds the context up to a multiple of 256; llama-cpp-python's own arrays must be as long.
+        llama["n_ctx"] = -(-llama.get("n_ctx", 512) // 256) * 256
+        try:
+            str(model_path).encode()
+        except UnicodeEncodeError:
+            raise SteerError(f"expected a model path in UTF-8, got {shown(str(model_path))}; rename the file") from None
+        try:
+            super().__init__(str(model_path), **llama)
+        except ValueError as error:
+            if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
+                raise
+            raise SteerError(
+                f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
+                "fetch it again, or give less --ctx or --gpu-layers where memory is short"
+            ) from None
+        self._made = True
+        self.tokenizer_ = Tokenizer(self)
+        self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))
+        if self._chose_chat_format:
+            self.chat_handler = make_chat_handler(self, template)
+
+    # --- making the model and the context ---------------------------------------------------------------------
+
+    @property
+    def model_params(self) -> Any:
+        """llama.cpp's model parameters. Llama fills them in; the devices of RPC servers are named as they arrive."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        if self._rpc:
+            params.devices = ctypes.addressof(self._devices)
+        self._model_params = params
+
+    @property
+    def context_params(self) -> Any:
+        """llama.cpp's context parameters. Llama fills them in; the hook is put in place as they arrive."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        callback_type = type(params.cb_eval)
+        params.cb_eval = callback_type(self._hook.callback)
+        params.cb_eval_user_data = self._hook.user_data
+        self._context_params = params
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The model's metadata. While Llama is made, without chat templates: it would compile them unbounded."""
+        return self._metadata if self._made else {k: v for k, v in self._metadata.items() if "chat_template" not in k}
+
+    @metadata.setter
+    def metadata(self, values: dict[str, str]) -> None:
+        self._metadata = values
+
+    # --- text and tokens --------------------------------------------------------------------------------------
+
+    def token_text(self, token: int) -> str:
+        """How the vocabulary writes a token; "" for one that it lacks."""
+        return "" if token < 0 else str(self._model.token_get_text(token))
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How this model's chats are written."""
+        if self._template is not None and not is_jinja(self._template):
+            return ChatTemplate.builtin(self._template, self.token_text(self.token_bos()))
+        return ChatTemplate.from_gguf(
+            self._template or self.metadata.get("tokenizer.chat_template"),
+            self.token_text(self.token_bos()),
+            self.token_text(self.token_eos()),
+        )
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Tokens of a rendered text; a BOS that it does not bear is added where the model wants one."""
+        return list(self.tokenize(text.encode(), add_bos=not self.chat_template.starts_with_bos(text), special=True))
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a chat, generation prompt included."""
+        return self.text_tokens(self.chat_template.render(messages))
+
+    def piece(self, token: int) -> bytes | None:
+        """A generated token's part of the text; None where it ends the answer."""
+        if token not in self._pieces:
+            ends = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+            self._pieces[token] = None if ends else self.detokenize([token])
+        return self._pieces[token]
+
+    def longer(self) -> str:
+        """What to do about a text that is longer than the context."""
+        trained = int(self._model.n_ctx_train())
+        return "raise --ctx or shorten it" if trained > self.n_ctx() else f"shorten it: the model takes {trained}"
+
+    # --- sampling ---------------------------------------------------------------------------------------------
+
+    def _init_sampler(
+        self,
+        *,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logits_processor: Any = None,
+        grammar: Any = None,
+        **how: Any,
+    ) -> Any:
+        """Llama's sampler, quicker where nothing of Python's comes before the penalties."""
+        penalties = Penalties(self.last_n_tokens_size, repeat_penalty, frequency_penalty, presence_penalty)
+        if logits_processor is not None:
+            charges = {f"{name}_penalty": getattr(penalties, name) for name in ("repeat", "frequency", "presence")}
+            return super()._init_sampler(**how, **charges, logits_processor=logits_processor, grammar=grammar)
+        greedy = grammar is None and how.get("temp") == 0
+        return Sampler(self._n_vocab, penalties, None if greedy else super()._init_sampler(**how, grammar=grammar))
+
+    # --- the hook ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, record: Record) -> Iterator[None]:
+        """Within it, the last row of every batch is added to `record`."""
+        self._hook.record(record)
+        try:
+            yield
+        finally:
+            self._hook.record(None)
+
+    @property
+    def hook_sites(self) -> tuple[Site, ...]:
+        """Every site of the model that the hook knows, in the order of a Record's rows."""
+        return self._hook.sites
