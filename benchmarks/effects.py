@@ -66,7 +66,7 @@ Cell = dict[str, Any]
 @click.option("--models", default=MODELS, show_default=True)
 @click.option("--presets", default=",".join(preset_names()), show_default=True)
 @click.option("--parts", default="effects,texts,cross,candidates", show_default=True)
-@click.option("--work", default="build/effects", show_default=True, help="Where measurements are kept.")
+@click.option("--work", default="benchmarks/measured/effects", show_default=True, help="Where measurements are kept.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--page", is_flag=True, help="Measure nothing; write the page.")
 def main(models: str, presets: str, parts: str, work: str, threads: int, page: bool) -> None:
