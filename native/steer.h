@@ -22,7 +22,7 @@
 #define STEER_API __attribute__((visibility("default")))
 #endif
 
-#define STEER_ABI 3
+#define STEER_ABI 4
 
 enum steer_status {
     STEER_OK = 0,

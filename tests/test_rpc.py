@@ -31,7 +31,7 @@ from edge_steer import MismatchError, SteeredLlama, SteerError
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
 from edge_steer.runtime import rpc
-from edge_steer.runtime.native import Record
+from edge_steer.runtime.hook import Record
 from edge_steer.steering import OPERATORS, Operator
 
 needs_rpc = pytest.mark.skipif(

@@ -3,7 +3,7 @@
 This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the model from
 `self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
 only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
-`_init_sampler` making what chooses a token. native.py checks the version.
+`_init_sampler` making what chooses a token. compatibility.py checks the version.
 
 The cache rule: a cached token is valid only for the steering state that computed it. Every cached token bears the
 state it was computed under; before an answer, the cache is cut at the first token that does not fit.
@@ -40,7 +40,7 @@ from edge_steer.runtime.dials import (
     warn_of_overlap,
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
-from edge_steer.runtime.native import Hook, Record
+from edge_steer.runtime.hook import Hook, Record
 from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.runtime.tokens import Tokenizer
