@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
@@ -19,7 +18,7 @@ pytest.importorskip("transformers")
 
 import tiny
 
-from edge_steer import MismatchError, NoEffectError, SteerError, compatibility
+from edge_steer import MismatchError, NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.runtime import llama as seam
 from edge_steer.runtime.llama import SteeredLlama
@@ -172,12 +171,6 @@ def test_a_site_that_the_architecture_lacks_is_an_error(model: Path) -> None:
 def test_embeddings_are_refused(model: Path) -> None:
     with pytest.raises(SteerError, match="embeddings"):
         SteeredLlama(model, embedding=True)
-
-
-def test_another_llama_cpp_python_is_refused_with_the_one_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp, "__version__", "0.2.1")
-    with pytest.raises(MismatchError, match=r"llama-cpp-python 0\.2\.1: expected .*; pip install llama-cpp-python=="):
-        compatibility.check()
 
 
 def test_it_survives_pickling(model: Path) -> None:

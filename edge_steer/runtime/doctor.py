@@ -31,7 +31,7 @@ def examine_build() -> dict[str, Any]:
         "edge-steer": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "llama-cpp-python": f"{llama_cpp.__version__} (needs {TESTED})",
+        "llama-cpp-python": f"{llama_cpp.__version__} ({_standing()})",
         "llama.cpp": features,
         "gpu offload": bool(llama_cpp.llama_supports_gpu_offload()),
         "native hook": "loaded, tensor layout checked",
@@ -64,6 +64,11 @@ def examine_model(model_path: str, **llama: Any) -> dict[str, Any]:
         "sites missing": missing,
         "finite": bool(np.isfinite(record.sum).all()),
     }
+
+
+def _standing() -> str:
+    same = llama_cpp.__version__ == TESTED
+    return "tested" if same else f"has what is relied on; tested was {TESTED}"
 
 
 def _installed(package: str) -> str | None:

@@ -3,7 +3,7 @@
 This file is the one seam into llama-cpp-python. It relies on: `Llama.__init__` making the model from
 `self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
 only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
-`_init_sampler` making what chooses a token. compatibility.py checks the version.
+`_init_sampler` making what chooses a token. compatibility.py checks that this still holds.
 
 The cache rule: a cached token is valid only for the steering state that computed it. Every cached token bears the
 state it was computed under; before an answer, the cache is cut at the first token that does not fit.
@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
-from llama_cpp import Llama
-from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
+from llama_cpp import Llama, llama_chat_format
 from numpy.typing import NDArray
 
+from edge_steer import compatibility
 from edge_steer.chat_format import BoundedChatFormatter
 from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
 from edge_steer.errors import NoEffectError, SteerError, shown
@@ -141,6 +141,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
                 f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
                 "fetch it again, or give less --ctx or --gpu-layers where memory is short"
             ) from None
+        compatibility.check_model(self)
         self._made = True
         self.tokenizer_ = Tokenizer(self)
         # Which state computed a cached token, and where a response began; meaningful below n_tokens.
@@ -253,8 +254,10 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             source = template.source
         if self._template is not None and not _is_jinja(self._template):
             head = bos if adds_bos and not template.starts_with_bos(text) else ""
-            self.chat_handler = chat_formatter_to_chat_completion_handler(
-                lambda messages, **_: ChatFormatterResponse(head + template.render(messages), added_special=True)
+            self.chat_handler = llama_chat_format.chat_formatter_to_chat_completion_handler(
+                lambda messages, **_: llama_chat_format.ChatFormatterResponse(
+                    head + template.render(messages), added_special=True
+                )
             )
             return
         eos = self.token_eos()

@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from ctypes import c_void_p
 from functools import cache
 
+import llama_cpp
+
 from edge_steer import ggml
 from edge_steer.compatibility import TESTED
 from edge_steer.errors import MismatchError, SteerError
 from edge_steer.runtime.native import check_library
 
 _HELLO, _CAPS = 14, 24  # the first message of every version of the protocol, and its length
-_PROTOCOL = 7  # major version
+_PROTOCOL = 7  # its major version in the release that was tested; ggml does not tell that of another
 _SECONDS = 10.0
 # No more: llama.cpp's scheduler takes 16 backends, and the CPU is one.
 _MOST_DEVICES = 15
@@ -66,7 +68,7 @@ def _greet(server: str) -> None:
         raise SteerError(f"RPC server {server} cannot be reached: {error.strerror or error}; is it running?") from None
     if len(answer) != 8 + 4 + _CAPS:
         raise SteerError(f"expected an RPC server at {server}, got another program")
-    if answer[8] != _PROTOCOL:
+    if answer[8] != _PROTOCOL and llama_cpp.__version__ == TESTED:
         raise MismatchError(
             f"expected an RPC server of protocol {_PROTOCOL} at {server}, got {answer[8]}; "
             f"run the llama.cpp of llama-cpp-python {TESTED} there"
@@ -76,7 +78,12 @@ def _greet(server: str) -> None:
 def _end(message: bytes) -> None:
     """What ggml calls before it aborts. A lost server is no reason for a core dump."""
     text = message.decode(errors="replace")
-    line = "an RPC server was lost; start it again, then repeat" if "RPC" in text else f"llama.cpp stopped: {text}"
+    if "handshake" in text:
+        line = f"an RPC server is of another llama.cpp; run that of llama-cpp-python {llama_cpp.__version__} there"
+    elif "RPC" in text:
+        line = "an RPC server was lost; start it again, then repeat"
+    else:
+        line = f"llama.cpp stopped: {text}"
     os.write(2, f"\nError: {line}\n".encode())
     os._exit(1)
 
