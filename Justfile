@@ -24,6 +24,15 @@ format:
     {{python}} -m ruff check --fix .
     {{python}} -m ruff format .
 
+# The suite on another release of llama-cpp-python, compiled in an environment of its own: `just try-llama-cpp 0.3.37`
+try-llama-cpp version *args:
+    {{python}} -m venv --clear build/llama-cpp-{{version}}
+    build/llama-cpp-{{version}}/bin/python -m pip install --quiet --no-binary llama-cpp-python --no-cache-dir \
+      "llama-cpp-python=={{version}}"
+    build/llama-cpp-{{version}}/bin/python -m pip install --quiet "llama-cpp-python=={{version}}" -e '.[dev]'
+    build/llama-cpp-{{version}}/bin/python -m edge_steer doctor
+    build/llama-cpp-{{version}}/bin/python -m pytest {{args}}
+
 # The C library with every warning an error, by each compiler there is
 native-warnings:
     for cc in gcc clang; do if command -v $cc >/dev/null; then \

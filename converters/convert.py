@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from numpy.typing import NDArray
 
-from edge_steer import steering_file
+from edge_steer import steering_file, tensor_types
 from edge_steer.converters.checkpoint import Config, Weight, read_config, read_weights
 from edge_steer.converters.family import OTHER_WAY, Family, Keys, common_keys, note_window, rope
 from edge_steer.converters.gemma2 import GEMMA2
@@ -31,7 +31,6 @@ from edge_steer.converters.qwen3 import QWEN3
 from edge_steer.converters.same_tokens import demand_same_tokens
 from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
 from edge_steer.errors import FormatError, SteerError, shown
-from edge_steer.export import ggml
 from edge_steer.export.changes import Changes
 from edge_steer.export.folding import EMBEDDING, HEAD, folding
 from edge_steer.export.progress import Progress, no_progress
@@ -337,7 +336,7 @@ def _encoded(name: str, weight: Weight, kind: GGMLQuantizationType, changes: Cha
             raise SteerError(
                 f"{name}: expected numbers that F16 can hold, got {np.abs(turned).max():g}; use --type bf16"
             )
-        yield ggml.from_float(int(kind), turned)
+        yield tensor_types.from_float(int(kind), turned)
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:

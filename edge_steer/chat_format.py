@@ -17,7 +17,11 @@ import jinja2
 import jinja2.ext
 import llama_cpp
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp import llama_chat_format
+
+from edge_steer import compatibility
+
+compatibility.check()  # a class of llama-cpp-python's is built on below, and another where this is imported
 
 MOST_CHARACTERS = 1 << 24
 MOST_SECONDS = 10.0
@@ -43,7 +47,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-class BoundedChatFormatter(Jinja2ChatFormatter):  # type: ignore[misc]
+class BoundedChatFormatter(llama_chat_format.Jinja2ChatFormatter):  # type: ignore[misc]
     """llama-cpp-python's formatter with bounds. Rendering raises what a template raises, ValueError past a bound."""
 
     def __init__(self, template: str, eos_token: str, bos_token: str, **how: Any) -> None:
@@ -51,7 +55,7 @@ class BoundedChatFormatter(Jinja2ChatFormatter):  # type: ignore[misc]
         self.template = template
         environment = _Environment(
             loader=jinja2.BaseLoader(), trim_blocks=True, lstrip_blocks=True,
-            extensions=[Jinja2ChatFormatter.IgnoreGenerationTags, jinja2.ext.loopcontrols],
+            extensions=[self.IgnoreGenerationTags, jinja2.ext.loopcontrols],
         )  # fmt: skip
         environment.filters["tojson"] = self.tojson
         self._environment = _Bounded(environment.from_string(template))

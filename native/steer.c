@@ -228,26 +228,19 @@ bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data) {
 
 /* ---- setting up ----------------------------------------------------------------------------------------------- */
 
-static bool has_functions(const struct steer_ggml *g) {
-    return g->get_name && g->nelements && g->nrows && g->is_contiguous && g->get_data && g->buffer_is_host &&
-           g->tensor_get && g->tensor_set;
-}
+#define AND_IS_THERE(result, field, name, arguments) && g->field
+
+static bool has_functions(const struct steer_ggml *g) { return g != NULL STEER_FUNCTIONS(AND_IS_THERE); }
 
 static bool has_device_functions(const struct steer_device_ggml *g) {
-    return g->buffer_get_type && g->buft_get_device && g->dev_type && g->dev_init && g->dev_supports_op &&
-           g->backend_free && g->get_default_buffer_type && g->graph_compute && g->alloc_ctx_tensors &&
-           g->buffer_free && g->tensor_alloc && g->tensor_set && g->gallocr_new && g->gallocr_reserve &&
-           g->gallocr_alloc_graph && g->gallocr_free && g->init && g->reset && g->free && g->tensor_overhead &&
-           g->graph_overhead_custom && g->new_graph_custom && g->build_forward_expand && g->graph_n_nodes &&
-           g->graph_node && g->new_tensor_2d && g->view_2d && g->mul_mat && g->add_inplace && g->sub && g->mul &&
-           g->scale && g->sqr && g->sqrt && g->sum_rows && g->step;
+    return g != NULL STEER_DEVICE_FUNCTIONS(AND_IS_THERE);
 }
 
 int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_sites, const char *const *kind,
                   const int32_t *layer, int64_t *reached, int64_t *turned, steer_hook **out) {
     if (out == NULL) return STEER_BAD_ARGUMENT;
     *out = NULL;
-    if (!ggml || !has_functions(ggml) || (ggml->device && !has_device_functions(ggml->device)) || d < 1 ||
+    if (!has_functions(ggml) || (ggml->device && !has_device_functions(ggml->device)) || d < 1 ||
         d > 1 << 24 || n_sites < 1 || n_sites > 1 << 20 || !kind || !layer || !reached || !turned) {
         return STEER_BAD_ARGUMENT;
     }

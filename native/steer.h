@@ -22,7 +22,7 @@
 #define STEER_API __attribute__((visibility("default")))
 #endif
 
-#define STEER_ABI 3
+#define STEER_ABI 4
 
 enum steer_status {
     STEER_OK = 0,
@@ -64,45 +64,53 @@ struct steer_ggml_init {
     bool no_alloc;
 };
 
-/* ggml's functions for turning a tensor on its own device. Buffers, buffer types, devices, backends and allocators are
- * void *; names are ggml's without ggml_ and ggml_backend_. */
+/* ggml's functions for turning a tensor on its own device: X(result, field, ggml's name, arguments). Buffers, buffer
+ * types, devices, backends and allocators are void *. */
+#define STEER_DEVICE_FUNCTIONS(X)                                                                                      \
+    X(void *, buffer_get_type, ggml_backend_buffer_get_type, (void *buffer))                                           \
+    X(void *, buft_get_device, ggml_backend_buft_get_device, (void *buffer_type))                                      \
+    X(int, dev_type, ggml_backend_dev_type, (void *device))                                                            \
+    X(void *, dev_init, ggml_backend_dev_init, (void *device, const char *params))                                     \
+    X(bool, dev_supports_op, ggml_backend_dev_supports_op, (void *device, const struct ggml_tensor *))                 \
+    X(void, backend_free, ggml_backend_free, (void *backend))                                                          \
+    X(void *, get_default_buffer_type, ggml_backend_get_default_buffer_type, (void *backend))                          \
+    X(int, graph_compute, ggml_backend_graph_compute, (void *backend, struct ggml_cgraph *))                           \
+    X(void *, alloc_ctx_tensors, ggml_backend_alloc_ctx_tensors, (struct ggml_context *, void *backend))               \
+    X(void, buffer_free, ggml_backend_buffer_free, (void *buffer))                                                     \
+    X(int, tensor_alloc, ggml_backend_tensor_alloc, (void *buffer, struct ggml_tensor *, void *data))                  \
+    X(void, tensor_set, ggml_backend_tensor_set, (struct ggml_tensor *, const void *, size_t offset, size_t size))     \
+    X(void *, gallocr_new, ggml_gallocr_new, (void *buffer_type))                                                      \
+    X(bool, gallocr_reserve, ggml_gallocr_reserve, (void *allocator, struct ggml_cgraph *))                            \
+    X(bool, gallocr_alloc_graph, ggml_gallocr_alloc_graph, (void *allocator, struct ggml_cgraph *))                    \
+    X(void, gallocr_free, ggml_gallocr_free, (void *allocator))                                                        \
+    X(struct ggml_context *, init, ggml_init, (struct steer_ggml_init))                                                \
+    X(void, reset, ggml_reset, (struct ggml_context *))                                                                \
+    X(void, free, ggml_free, (struct ggml_context *))                                                                  \
+    X(size_t, tensor_overhead, ggml_tensor_overhead, (void))                                                           \
+    X(size_t, graph_overhead_custom, ggml_graph_overhead_custom, (size_t size, bool grads))                            \
+    X(struct ggml_cgraph *, new_graph_custom, ggml_new_graph_custom, (struct ggml_context *, size_t size, bool grads)) \
+    X(void, build_forward_expand, ggml_build_forward_expand, (struct ggml_cgraph *, struct ggml_tensor *))             \
+    X(int, graph_n_nodes, ggml_graph_n_nodes, (struct ggml_cgraph *))                                                  \
+    X(struct ggml_tensor *, graph_node, ggml_graph_node, (struct ggml_cgraph *, int))                                  \
+    X(struct ggml_tensor *, new_tensor_2d, ggml_new_tensor_2d, (struct ggml_context *, int type, int64_t, int64_t))    \
+    X(struct ggml_tensor *, view_2d, ggml_view_2d,                                                                     \
+      (struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, size_t, size_t))                                 \
+    X(struct ggml_tensor *, mul_mat, ggml_mul_mat,                                                                     \
+      (struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *))                                             \
+    X(struct ggml_tensor *, add_inplace, ggml_add_inplace,                                                             \
+      (struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *))                                             \
+    X(struct ggml_tensor *, sub, ggml_sub, (struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *))        \
+    X(struct ggml_tensor *, mul, ggml_mul, (struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *))        \
+    X(struct ggml_tensor *, scale, ggml_scale, (struct ggml_context *, struct ggml_tensor *, float))                   \
+    X(struct ggml_tensor *, sqr, ggml_sqr, (struct ggml_context *, struct ggml_tensor *))                              \
+    X(struct ggml_tensor *, sqrt, ggml_sqrt, (struct ggml_context *, struct ggml_tensor *))                            \
+    X(struct ggml_tensor *, sum_rows, ggml_sum_rows, (struct ggml_context *, struct ggml_tensor *))                    \
+    X(struct ggml_tensor *, step, ggml_step, (struct ggml_context *, struct ggml_tensor *))
+
+#define STEER_FUNCTION_FIELD(result, field, name, arguments) result(*field) arguments;
+
 struct steer_device_ggml {
-    void *(*buffer_get_type)(void *buffer);
-    void *(*buft_get_device)(void *buffer_type);
-    int (*dev_type)(void *device);
-    void *(*dev_init)(void *device, const char *params);
-    bool (*dev_supports_op)(void *device, const struct ggml_tensor *);
-    void (*backend_free)(void *backend);
-    void *(*get_default_buffer_type)(void *backend);
-    int (*graph_compute)(void *backend, struct ggml_cgraph *);
-    void *(*alloc_ctx_tensors)(struct ggml_context *, void *backend);
-    void (*buffer_free)(void *buffer);
-    int (*tensor_alloc)(void *buffer, struct ggml_tensor *, void *data);
-    void (*tensor_set)(struct ggml_tensor *, const void *, size_t offset, size_t size);
-    void *(*gallocr_new)(void *buffer_type);
-    bool (*gallocr_reserve)(void *allocator, struct ggml_cgraph *);
-    bool (*gallocr_alloc_graph)(void *allocator, struct ggml_cgraph *);
-    void (*gallocr_free)(void *allocator);
-    struct ggml_context *(*init)(struct steer_ggml_init);
-    void (*reset)(struct ggml_context *);
-    void (*free)(struct ggml_context *);
-    size_t (*tensor_overhead)(void);
-    size_t (*graph_overhead_custom)(size_t size, bool grads);
-    struct ggml_cgraph *(*new_graph_custom)(struct ggml_context *, size_t size, bool grads);
-    void (*build_forward_expand)(struct ggml_cgraph *, struct ggml_tensor *);
-    int (*graph_n_nodes)(struct ggml_cgraph *);
-    struct ggml_tensor *(*graph_node)(struct ggml_cgraph *, int);
-    struct ggml_tensor *(*new_tensor_2d)(struct ggml_context *, int type, int64_t, int64_t);
-    struct ggml_tensor *(*view_2d)(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, size_t, size_t);
-    struct ggml_tensor *(*mul_mat)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
-    struct ggml_tensor *(*add_inplace)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
-    struct ggml_tensor *(*sub)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
-    struct ggml_tensor *(*mul)(struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *);
-    struct ggml_tensor *(*scale)(struct ggml_context *, struct ggml_tensor *, float);
-    struct ggml_tensor *(*sqr)(struct ggml_context *, struct ggml_tensor *);
-    struct ggml_tensor *(*sqrt)(struct ggml_context *, struct ggml_tensor *);
-    struct ggml_tensor *(*sum_rows)(struct ggml_context *, struct ggml_tensor *);
-    struct ggml_tensor *(*step)(struct ggml_context *, struct ggml_tensor *);
+    STEER_DEVICE_FUNCTIONS(STEER_FUNCTION_FIELD)
     void *host_device; /* the device for the host's memory, when the path is forced */
     int32_t type_f32;
 };
@@ -115,16 +123,20 @@ struct steer_graph_ggml {
     unsigned char custom_params[64]; /* GGML_MAX_OP_PARAMS */
 };
 
+/* ggml's functions for every path. A name is an array of 24 bytes or more; ggml's has 64. */
+#define STEER_FUNCTIONS(X)                                                                                             \
+    X(const char *, get_name, ggml_get_name, (const struct ggml_tensor *))                                             \
+    X(int64_t, nelements, ggml_nelements, (const struct ggml_tensor *))                                                \
+    X(int64_t, nrows, ggml_nrows, (const struct ggml_tensor *))                                                        \
+    X(bool, is_contiguous, ggml_is_contiguous, (const struct ggml_tensor *))                                           \
+    X(void *, get_data, ggml_get_data, (const struct ggml_tensor *))                                                   \
+    X(bool, buffer_is_host, ggml_backend_buffer_is_host, (void *buffer))                                               \
+    X(void, tensor_get, ggml_backend_tensor_get, (const struct ggml_tensor *, void *, size_t offset, size_t size))     \
+    X(void, tensor_set, ggml_backend_tensor_set, (struct ggml_tensor *, const void *, size_t offset, size_t size))
+
 /* ggml's functions, and the offsets of the two fields for which ggml exports no getter. */
 struct steer_ggml {
-    const char *(*get_name)(const struct ggml_tensor *); /* in an array of 24 bytes or more; ggml's has 64 */
-    int64_t (*nelements)(const struct ggml_tensor *);
-    int64_t (*nrows)(const struct ggml_tensor *);
-    bool (*is_contiguous)(const struct ggml_tensor *);
-    void *(*get_data)(const struct ggml_tensor *);
-    bool (*buffer_is_host)(void *buffer);
-    void (*tensor_get)(const struct ggml_tensor *, void *, size_t offset, size_t size);
-    void (*tensor_set)(struct ggml_tensor *, const void *, size_t offset, size_t size);
+    STEER_FUNCTIONS(STEER_FUNCTION_FIELD)
     size_t type_offset;
     size_t buffer_offset;
     int32_t type_f32;
@@ -144,6 +156,16 @@ struct steer_record {
 typedef struct steer_hook steer_hook;
 
 STEER_API int32_t steer_abi(void);
+
+/* One field of a structure that the caller fills: an address of ggml's goes by ggml's name of the function. */
+struct steer_field {
+    const char *structure, *field;
+    size_t offset, size;
+};
+
+/* Every field of every such structure, in order, and behind each structure's a row of its own size, with the field "".
+ * The last row is all null. A caller in another language lays its structures out by this, or compares them with it. */
+STEER_API const struct steer_field *steer_fields(void);
 
 /* A hook for sites kind[i]-layer[i], i < n_sites, of a model of width d. `reached` and `turned` (S each, kept) count
  * how often a site's tensor came by while it was asked for, and the rows turned there. */

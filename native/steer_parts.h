@@ -4,6 +4,7 @@
  * steer_turn.c   the mathematics, on rows in the host's memory
  * steer_graph.c  the same by the node that computes the rows
  * steer_device.c the same mathematics as a ggml graph, on a tensor's own device
+ * steer_layout.c how the structures lie that the caller fills
  */
 #ifndef STEER_PARTS_H
 #define STEER_PARTS_H

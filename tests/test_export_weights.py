@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from exports import ANGLES, TOKENS, assert_same, hook_logits, kl, plain_logits, steering_for, tinies
 
+from edge_steer import tensor_types
 from edge_steer.errors import SteerError
-from edge_steer.export import ggml
 from edge_steer.export.baked import bake_gguf
 from edge_steer.export.changes import Changes
 from edge_steer.export.factors import stack_at
@@ -120,7 +120,7 @@ def test_another_type_for_steered_weights_rounds_less(tinies: dict[str, Any], tm
     report = bake_gguf(path, tmp_path / "baked.gguf", [(steering, 8)], steered_type="Q8_0")
     old, new = read_model(path), read_model(tmp_path / "baked.gguf")
     assert new.metadata == old.metadata
-    types = {tensor.name: ggml.type_name(tensor.type) for tensor in new.tensors}
+    types = {tensor.name: tensor_types.type_name(tensor.type) for tensor in new.tensors}
     assert types["blk.0.ffn_up_exps.weight"] == "Q8_0"
     assert types["blk.0.ffn_gate_inp.weight"] == "F32"
     assert types["blk.0.attn_q.weight"] == "Q4_1"
@@ -137,10 +137,10 @@ def test_another_type_for_steered_weights_rounds_less(tinies: dict[str, Any], tm
 @pytest.mark.parametrize("name", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K",
                                   "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "TQ2_0"])  # fmt: skip
 def test_rows_are_read_as_gguf_py_reads_them_and_written_back_close(name: str) -> None:
-    kind = ggml.type_number(name)
+    kind = tensor_types.type_number(name)
     rows = np.random.default_rng(0).standard_normal((5, 512)).astype(np.float32)
-    written = ggml.from_float(kind, rows)
-    read = ggml.to_float(kind, written, 512)
+    written = tensor_types.from_float(kind, rows)
+    read = tensor_types.to_float(kind, written, 512)
     reference = gguf.quants.dequantize(written, gguf.GGMLQuantizationType(kind))
     assert np.abs(read - reference).max() <= 1e-6 * np.abs(reference).max()
     assert np.abs(read - rows).max() < {"TQ2_0": 4.0, "Q2_K": 2.0, "IQ3_S": 1.5, "Q3_K": 1.0}.get(name, 0.5)
@@ -149,11 +149,11 @@ def test_rows_are_read_as_gguf_py_reads_them_and_written_back_close(name: str) -
 def test_types_that_need_measured_importances_are_not_written() -> None:
     iq2 = int(gguf.GGMLQuantizationType.IQ2_XXS)
     with pytest.raises(SteerError, match="--steered-type Q8_0"):
-        ggml.check_writable(iq2, 256, "blk.0.attn_q.weight")
+        tensor_types.check_writable(iq2, 256, "blk.0.attn_q.weight")
     with pytest.raises(SteerError, match="multiple of 256"):
-        ggml.check_writable(ggml.type_number("Q4_K"), 576, "blk.0.attn_q.weight")
+        tensor_types.check_writable(tensor_types.type_number("Q4_K"), 576, "blk.0.attn_q.weight")
     with pytest.raises(SteerError, match="weight type among"):
-        ggml.type_number("Q4_K_M")
+        tensor_types.type_number("Q4_K_M")
 
 
 def test_bfloat16_rounds_to_nearest_even_as_torch_does() -> None:

@@ -8,7 +8,7 @@ from planted import DIAL, random_steering
 
 from edge_steer.errors import SteerError
 from edge_steer.rotation import TurnBy
-from edge_steer.runtime.native import Hook
+from edge_steer.runtime.hook import Hook
 from edge_steer.sites import Site, architecture
 from edge_steer.steering import OPERATORS, BaseModel, Operator, Steering
 

@@ -21,6 +21,7 @@ from edge_steer import SteerError
 from edge_steer.model_file import read_model
 from edge_steer.runtime import hooked_llama as seam
 from edge_steer.runtime import native
+from edge_steer.runtime.hook import _STATUS, Hook
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import architecture
 from edge_steer.steering import Steering
@@ -50,10 +51,10 @@ LIES = {
 
 def lying_hook(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     field, value = LIES[message]
-    lib, true = native._ggml()
+    true = native.bound_ggml()
     lie = type(true)(*(getattr(true, name) for name, _ in true._fields_))
     setattr(lie, field, value)
-    monkeypatch.setattr(native, "_ggml", lambda: (lib, lie))
+    monkeypatch.setattr(native, "bound_ggml", lambda: lie)
     monkeypatch.setenv("EDGE_STEER_PATH", "host")
 
 
@@ -76,7 +77,7 @@ def test_a_tensor_that_is_not_as_expected_is_a_named_error_on_that_call(
 
 
 def test_a_site_of_another_width_is_a_named_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Narrow(native.Hook):
+    class Narrow(Hook):
         def __init__(self, arch: object, sites: object, width: int) -> None:
             super().__init__(arch, sites, width // 2)  # type: ignore[arg-type]
 
@@ -101,13 +102,13 @@ def test_memory_that_is_no_host_s_and_no_device_s_is_copied(model: Path, monkeyp
 def test_a_basis_that_is_not_finite_never_reaches_a_tensor(model: Path) -> None:
     file = read_model(model)
     sites = architecture(file.architecture).sites(file.block_count)
-    hook = native.Hook(architecture(file.architecture), sites, file.embedding_length)
+    hook = Hook(architecture(file.architecture), sites, file.embedding_length)
     basis = np.full((1, 2, file.embedding_length), np.nan, np.float32)
     site, number = np.zeros(1, np.int32), ctypes.c_int32()
     status = hook._lib.steer_add(
         hook._pointer, 0, 1, site.ctypes.data, site.ctypes.data, None, 1, basis.ctypes.data, ctypes.byref(number)
     )
-    assert "bad argument" in native._STATUS[status]
+    assert "bad argument" in _STATUS[status]
 
 
 def test_two_models_with_two_steerings_in_two_threads_do_not_touch(model: Path) -> None:

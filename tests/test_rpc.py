@@ -31,7 +31,7 @@ from edge_steer import MismatchError, SteeredLlama, SteerError
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
 from edge_steer.runtime import rpc
-from edge_steer.runtime.native import Record
+from edge_steer.runtime.hook import Record
 from edge_steer.runtime.transcript import read_transcript
 from edge_steer.steering import OPERATORS, Operator
 
@@ -256,6 +256,19 @@ def test_a_server_of_another_protocol_is_refused() -> None:
     reply = (28).to_bytes(8, "little") + bytes([9, 0, 0, 0]) + bytes(24)
     with answering(reply) as address, pytest.raises(MismatchError, match=r"protocol 7 .* got 9"):
         rpc._greet(address)
+
+
+def test_of_another_release_s_protocol_ggml_itself_decides(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama_cpp, "__version__", "0.3.99")
+    reply = (28).to_bytes(8, "little") + bytes([9, 0, 0, 0]) + bytes(24)
+    with answering(reply) as address:
+        rpc._greet(address)
+    monkeypatch.setattr(rpc.os, "_exit", lambda code: None)
+    rpc._end(b"ggml-rpc.cpp:550: RPC handshake failed for 127.0.0.1:50052")
+    said = "Error: an RPC server is of another llama.cpp; run that of llama-cpp-python 0.3.99 there"
+    assert capfd.readouterr().err.strip() == said
 
 
 def test_a_server_that_is_busy_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

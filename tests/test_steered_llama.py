@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
@@ -22,7 +21,6 @@ import tiny
 from edge_steer import MismatchError, NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.runtime import llama as seam
-from edge_steer.runtime import native
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import Architecture, Site, SiteKind, architecture
 from edge_steer.steering import Steering
@@ -173,25 +171,6 @@ def test_a_site_that_the_architecture_lacks_is_an_error(model: Path) -> None:
 def test_embeddings_are_refused(model: Path) -> None:
     with pytest.raises(SteerError, match="embeddings"):
         SteeredLlama(model, embedding=True)
-
-
-def test_another_llama_cpp_python_is_refused_with_the_one_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    native._ggml.cache_clear()
-    monkeypatch.setattr(llama_cpp, "__version__", "0.2.1")
-    with pytest.raises(MismatchError, match=r"found 0\.2\.1; pip install llama-cpp-python=="):
-        native._ggml()
-    native._ggml.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("field", "offset"), [("_TYPE", 4), ("_BUFFER", 16), ("_OP_NUMBER", 84), ("_OP_PARAMS", 88), ("_SOURCES", 160)]
-)
-def test_a_changed_tensor_layout_is_noticed(monkeypatch: pytest.MonkeyPatch, field: str, offset: int) -> None:
-    lib, _ = native._ggml()
-    monkeypatch.setattr(native, field, offset)
-    check = native._check_layout if field in ("_TYPE", "_BUFFER") else native._graph_ggml
-    with pytest.raises(MismatchError, match="lays its tensors out"):
-        check(lib)
 
 
 def test_it_survives_pickling(model: Path) -> None:

@@ -27,8 +27,8 @@ from edge_steer.export.baked import bake_gguf
 from edge_steer.model_file import ModelFile, read_model
 from edge_steer.rotation import Action, TurnBy, orthonormal
 from edge_steer.runtime.engines import LoraEngine
+from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.runtime.native import Record
 from edge_steer.sites import Site, architecture
 from edge_steer.steering import Steering
 

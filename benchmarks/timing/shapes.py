@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from edge_steer.export import ggml
+from edge_steer import tensor_types
 from edge_steer.registry import cache_dir
 from edge_steer.whole_file import whole_file
 
@@ -74,7 +74,7 @@ def _write(path: Path, shape: Shape) -> None:
     writer.add_tokenizer_model("no_vocab")
     weights = list(_weights(shape))
     for tensor, rows, width, kind in weights:
-        bytes_ = (rows, ggml.row_bytes(kind, width))
+        bytes_ = (rows, tensor_types.row_bytes(kind, width))
         stored = (width,) if rows == 1 else bytes_
         dtype = np.float32 if rows == 1 else np.uint8
         writer.add_tensor_info(tensor, stored, np.dtype(dtype), math.prod(bytes_), GGMLQuantizationType(kind))
@@ -112,4 +112,4 @@ def _values(rng: np.random.Generator, rows: int, width: int, kind: int) -> NDArr
     if rows == 1:
         return np.ones(width, np.float32)
     drawn = rng.standard_normal((ROWS, width), np.float32) / np.float32(math.sqrt(width))
-    return np.resize(ggml.from_float(kind, drawn), (rows, ggml.row_bytes(kind, width)))
+    return np.resize(tensor_types.from_float(kind, drawn), (rows, tensor_types.row_bytes(kind, width)))

@@ -17,8 +17,8 @@ from edge_steer.evaluate.capability import option_scores
 from edge_steer.evaluate.material import Material
 from edge_steer.evaluate.metrics import Expected, chosen, log_probabilities, log_softmax, plain_tokens, probe_gaps
 from edge_steer.evaluate.model import turn
+from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.runtime.native import Record
 from edge_steer.steering import Steering
 
 Part = dict[str, Any]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer import tensor_types
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.evaluate.engine_runs import Bench, Logits, identity, undoing
-from edge_steer.export import ggml
 from edge_steer.export.folding import EMBEDDING, fold_gguf
 from edge_steer.export.gguf_bytes import map_model, size_of
 from edge_steer.export.halves import check_adapter
@@ -150,7 +150,7 @@ def verify(
         notes.append(f"no adapter and no baked weights: {reason}")
     if no_adapter:
         notes.append(f"no adapter: {no_adapter}")
-    quantized = any(ggml.is_quantized(tensor.type) for tensor in readers)
+    quantized = any(tensor_types.is_quantized(tensor.type) for tensor in readers)
     as_f32 = quantized and sum(4 * int(np.prod(tensor.shape)) for tensor in readers) <= _LARGEST_F32
     if quantized and not as_f32:
         notes.append("the baked weights were not compared as F32, in which they would be too large")
@@ -275,11 +275,11 @@ def _weights(model: ModelFile) -> tuple[str, str]:
     for tensor in model.tensors:
         if len(tensor.shape) > 1:
             size[tensor.type] += size_of(tensor)
-    names = {ggml.type_name(kind) for kind in size}
+    names = {tensor_types.type_name(kind) for kind in size}
     coarsest = next((name for name in ("BF16", "F16", "F32") if name in names), "F32")
     return (
-        ggml.type_name(size.most_common(1)[0][0]),
-        "quantized" if any(ggml.is_quantized(kind) for kind in size) else coarsest,
+        tensor_types.type_name(size.most_common(1)[0][0]),
+        "quantized" if any(tensor_types.is_quantized(kind) for kind in size) else coarsest,
     )
 
 

@@ -16,8 +16,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer import tensor_types
 from edge_steer.errors import SteerError
-from edge_steer.export import ggml
 from edge_steer.export.changes import Changes
 from edge_steer.export.folding import EMBEDDING, HEAD, fold_gguf
 from edge_steer.export.gguf_bytes import copy_bytes, head, map_model, retyped, size_of
@@ -64,10 +64,10 @@ def bake_gguf(
     before = {tensor.name: tensor for tensor in model.tensors}
     if untied:
         before[HEAD] = replace(before[EMBEDDING], name=HEAD)
-    wanted = None if steered_type is None else ggml.type_number(steered_type)
+    wanted = None if steered_type is None else tensor_types.type_number(steered_type)
     kinds = {name: _target(before[name], wanted) for name in changes.folding.parts}
     for name, kind in kinds.items():
-        ggml.check_writable(kind, before[name].shape[0], name)
+        tensor_types.check_writable(kind, before[name].shape[0], name)
     check_not_source(model_path, out)
     changed = untied or any(before[name].type != kind for name, kind in kinds.items())
     tensors = retyped(source, kinds, [before[HEAD]] if untied else []) if changed else list(model.tensors)
@@ -79,7 +79,7 @@ def bake_gguf(
             file.write(bytes(start + tensor.offset - file.tell()))
             old = before[tensor.name]
             if tensor.name in changes:
-                sums = rounding.setdefault(ggml.type_name(tensor.type), [0.0, 0.0])
+                sums = rounding.setdefault(tensor_types.type_name(tensor.type), [0.0, 0.0])
                 rows = changes.rows(tensor.name, partial(source.blocks, old))
                 _write_rows(rows, tensor.type, file, sums)
                 step(1)
@@ -92,15 +92,15 @@ def bake_gguf(
 
 def _target(tensor: TensorInfo, wanted: int | None) -> int:
     size_of(tensor)  # refuses a type that is not known
-    return wanted if wanted is not None and ggml.is_quantized(tensor.type) else tensor.type
+    return wanted if wanted is not None and tensor_types.is_quantized(tensor.type) else tensor.type
 
 
 def _write_rows(blocks: Iterator[NDArray[np.float32]], kind: int, file: BinaryIO, sums: list[float]) -> None:
     """Write rows as ggml type `kind`; adds ‖W″ − W′‖² and ‖W′‖² to `sums`."""
     for rows in blocks:
-        written = ggml.from_float(kind, rows)
+        written = tensor_types.from_float(kind, rows)
         sums[1] += float(np.vdot(rows, rows))
-        lost = rows - ggml.to_float(kind, written, rows.shape[1])
+        lost = rows - tensor_types.to_float(kind, written, rows.shape[1])
         sums[0] += float(np.vdot(lost, lost))
         file.write(written.data)
 

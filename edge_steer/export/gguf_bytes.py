@@ -15,8 +15,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
+from edge_steer import tensor_types
 from edge_steer.errors import FormatError
-from edge_steer.export import ggml
 from edge_steer.gguf_metadata import TensorInfo, Value, tensor_bytes
 from edge_steer.model_file import ModelFile
 
@@ -48,10 +48,10 @@ class Mapped:
     def blocks(self, tensor: TensorInfo) -> Iterator[NDArray[np.float32]]:
         """The tensor as float32 (rows, width), some rows at a time; of experts, all rows of one after another."""
         width = tensor.shape[0]
-        rows = self.bytes_of(tensor).reshape(-1, ggml.row_bytes(tensor.type, width))
+        rows = self.bytes_of(tensor).reshape(-1, tensor_types.row_bytes(tensor.type, width))
         at_once = max(1, _BLOCK // width)
         for first in range(0, len(rows), at_once):
-            yield ggml.to_float(tensor.type, rows[first : first + at_once], width)
+            yield tensor_types.to_float(tensor.type, rows[first : first + at_once], width)
 
     def vector(self, name: str) -> NDArray[np.float64]:
         """The values of the tensor `name`, flat: of a norm, a bias."""

@@ -18,7 +18,7 @@ def scales(degrees: float) -> tuple[float, float]:
 
 
 # llama-server drops its cache only where a request names other scales than the slot had: server-context.cpp,
-# launch_slot_with_task, as of llama-cpp-python 0.3.36.
+# launch_slot_with_task.
 def notes(steering: Steering, model: Path, cos: Path, sin: Path) -> str:
     """Markdown: the pair's scales for common angles, and the command lines that use them."""
     example = 8

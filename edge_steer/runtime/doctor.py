@@ -13,9 +13,11 @@ import llama_cpp
 import numpy as np
 
 from edge_steer._version import __version__
+from edge_steer.compatibility import TESTED
 from edge_steer.model_file import read_model
+from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.runtime.native import LLAMA_CPP_PYTHON, Record, check_library
+from edge_steer.runtime.native import check_library
 
 
 def examine_build() -> dict[str, Any]:
@@ -29,7 +31,7 @@ def examine_build() -> dict[str, Any]:
         "edge-steer": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "llama-cpp-python": f"{llama_cpp.__version__} (needs {LLAMA_CPP_PYTHON})",
+        "llama-cpp-python": f"{llama_cpp.__version__} ({_standing()})",
         "llama.cpp": features,
         "gpu offload": bool(llama_cpp.llama_supports_gpu_offload()),
         "native hook": "loaded, tensor layout checked",
@@ -62,6 +64,11 @@ def examine_model(model_path: str, **llama: Any) -> dict[str, Any]:
         "sites missing": missing,
         "finite": bool(np.isfinite(record.sum).all()),
     }
+
+
+def _standing() -> str:
+    same = llama_cpp.__version__ == TESTED
+    return "tested" if same else f"has what is relied on; tested was {TESTED}"
 
 
 def _installed(package: str) -> str | None:

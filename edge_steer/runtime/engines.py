@@ -15,7 +15,7 @@ import numpy as np
 from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import ModelFile
 from edge_steer.rotation import Action
-from edge_steer.runtime.native import Hook
+from edge_steer.runtime.hook import Hook
 from edge_steer.sites import OUTER_KINDS, Site
 from edge_steer.steering import Steering
 

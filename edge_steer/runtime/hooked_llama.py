@@ -3,7 +3,8 @@
 This file and llama.py are the one seam into llama-cpp-python. They rely on: `Llama.__init__` making the model from
 `self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
 only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
-`_init_sampler` making what chooses a token. native.py checks the version.
+`_init_sampler` making what chooses a token. compatibility.py checks that
+this still holds.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 import llama_cpp
 from llama_cpp import Llama
 
+from edge_steer import compatibility
 from edge_steer.contrast import ChatTemplate
 from edge_steer.errors import SteerError, shown
 from edge_steer.model_file import ModelFile
 from edge_steer.runtime.chat_handler import is_jinja, make_chat_handler
-from edge_steer.runtime.native import Hook, Record
+from edge_steer.runtime.hook import Hook, Record
 from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.runtime.tokens import Tokenizer
@@ -77,6 +79,7 @@ class HookedLlama(Llama):  # type: ignore[misc]
                 f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
                 "fetch it again, or give less --ctx or --gpu-layers where memory is short"
             ) from None
+        compatibility.check_model(self)
         self._made = True
         self.tokenizer_ = Tokenizer(self)
         self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))

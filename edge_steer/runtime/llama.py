@@ -28,9 +28,9 @@ from edge_steer.runtime.dials import (
     warn_of_overlap,
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
+from edge_steer.runtime.hook import Record
 from edge_steer.runtime.hooked_llama import HookedLlama
 from edge_steer.runtime.measuring import read_logits, record_activations
-from edge_steer.runtime.native import Record
 from edge_steer.runtime.rpc import check_servers
 from edge_steer.sites import architecture
 

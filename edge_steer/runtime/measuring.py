@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
-from edge_steer.runtime.native import Record
+from edge_steer.runtime.hook import Record
 
 if TYPE_CHECKING:
     from edge_steer.runtime.llama import SteeredLlama

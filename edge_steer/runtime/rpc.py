@@ -14,62 +14,36 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from ctypes import c_void_p
 from functools import cache
 
-from edge_steer.errors import MismatchError, SteerError
-from edge_steer.runtime.native import LLAMA_CPP_PYTHON, check_library, ggml_library
+import llama_cpp
 
-_CPU, _GPU, _INTEGRATED_GPU = range(3)  # enum ggml_backend_dev_type
+from edge_steer import ggml
+from edge_steer.compatibility import TESTED
+from edge_steer.errors import MismatchError, SteerError
+from edge_steer.runtime.native import check_library
+
 _HELLO, _CAPS = 14, 24  # the first message of every version of the protocol, and its length
-_PROTOCOL = 7  # major version
+_PROTOCOL = 7  # its major version in the release that was tested; ggml does not tell that of another
 _SECONDS = 10.0
 # No more: llama.cpp's scheduler takes 16 backends, and the CPU is one.
 _MOST_DEVICES = 15
 
 
-_Abort = ctypes.CFUNCTYPE(None, c_char_p)
-
-
 def _rpc_library() -> ctypes.CDLL:
     check_library()
-    try:
-        lib = ggml_library("ggml-rpc")
-        add, start = lib.ggml_backend_rpc_add_server, lib.ggml_backend_rpc_start_server
-    except (AttributeError, FileNotFoundError):
+    lib = ggml.rpc()
+    if lib is None:
         raise SteerError(
             "this llama-cpp-python is built without RPC; build it with: CMAKE_ARGS=-DGGML_RPC=ON pip install "
-            f"--force-reinstall --no-deps --no-cache-dir llama-cpp-python=={LLAMA_CPP_PYTHON}"
-        ) from None
-    add.argtypes, add.restype = [c_char_p], c_void_p
-    start.argtypes, start.restype = [c_char_p, c_char_p, c_size_t, c_size_t, ctypes.POINTER(c_void_p)], None
+            f"--force-reinstall --no-deps --no-cache-dir llama-cpp-python=={TESTED}"
+        )
     return lib
-
-
-def _registry() -> ctypes.CDLL:
-    lib = ggml_library("ggml")
-    lib.ggml_backend_dev_count.restype = c_size_t
-    lib.ggml_backend_dev_get.argtypes, lib.ggml_backend_dev_get.restype = [c_size_t], c_void_p
-    return lib
-
-
-def _base() -> ctypes.CDLL:
-    lib = ggml_library("ggml-base")
-    lib.ggml_backend_dev_type.argtypes, lib.ggml_backend_dev_type.restype = [c_void_p], c_int
-    lib.ggml_backend_reg_dev_count.argtypes, lib.ggml_backend_reg_dev_count.restype = [c_void_p], c_size_t
-    lib.ggml_backend_reg_dev_get.argtypes, lib.ggml_backend_reg_dev_get.restype = [c_void_p, c_size_t], c_void_p
-    lib.ggml_set_abort_callback.argtypes, lib.ggml_set_abort_callback.restype = [_Abort], c_void_p
-    return lib
-
-
-def _local_devices(kind: int) -> list[int]:
-    registry, base = _registry(), _base()
-    devices = [registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count())]
-    return [device for device in devices if base.ggml_backend_dev_type(device) == kind]
 
 
 def _local_gpus() -> list[int]:
-    return _local_devices(_GPU) or _local_devices(_INTEGRATED_GPU)
+    return ggml.local_devices(ggml.GPU) or ggml.local_devices(ggml.INTEGRATED_GPU)
 
 
 def parse_endpoint(server: str) -> tuple[str, int]:
@@ -95,10 +69,10 @@ def _greet(server: str) -> None:
         raise SteerError(f"RPC server {server} cannot be reached: {error.strerror or error}; is it running?") from None
     if len(answer) != 8 + 4 + _CAPS:
         raise SteerError(f"expected an RPC server at {server}, got another program")
-    if answer[8] != _PROTOCOL:
+    if answer[8] != _PROTOCOL and llama_cpp.__version__ == TESTED:
         raise MismatchError(
             f"expected an RPC server of protocol {_PROTOCOL} at {server}, got {answer[8]}; "
-            f"run the llama.cpp of llama-cpp-python {LLAMA_CPP_PYTHON} there"
+            f"run the llama.cpp of llama-cpp-python {TESTED} there"
         )
 
 
@@ -111,8 +85,13 @@ def _end(message: bytes) -> None:
     """What ggml calls before it aborts. A lost server is no reason for a core dump, nor for a lost conversation."""
     text = message.decode(errors="replace")
     lost = "RPC" in text
+    if "handshake" in text:
+        line = f"an RPC server is of another llama.cpp; run that of llama-cpp-python {llama_cpp.__version__} there"
+    elif lost:
+        line = "an RPC server was lost; start it again, then repeat"
+    else:
+        line = f"llama.cpp stopped: {text}"
     if not (lost and _told_lost):
-        line = "an RPC server was lost; start it again, then repeat" if lost else f"llama.cpp stopped: {text}"
         _tell(f"\nError: {line}\n")
         for words in last_words:
             with suppress(Exception):  # the process ends in any case
@@ -160,13 +139,13 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-_END = _Abort(_end)  # ggml keeps its address
+_END = ggml.AbortCallback(_end)  # ggml keeps its address
 
 
 @cache
 def _devices_of(server: str) -> tuple[int, ...]:
     """ggml's devices on one server. Asked once a process: a server talks to one client at a time, and that is us."""
-    lib, base = _rpc_library(), _base()
+    lib, base = _rpc_library(), ggml.base()
     _greet(server)
     base.ggml_set_abort_callback(_END)
     registered = lib.ggml_backend_rpc_add_server(server.encode())
@@ -193,7 +172,7 @@ def serve(endpoint: str, threads: int) -> None:
     """Lend this machine's GPUs, or its CPU where it has none, at `endpoint`, one client at a time, until killed."""
     parse_endpoint(endpoint)
     lib = _rpc_library()
-    devices = _local_gpus() or _local_devices(_CPU)
+    devices = _local_gpus() or ggml.local_devices(ggml.CPU)
     lib.ggml_backend_rpc_start_server(
         endpoint.encode(), None, threads, len(devices), (c_void_p * len(devices))(*devices)
     )

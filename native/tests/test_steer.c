@@ -492,8 +492,31 @@ static void the_likeliest_token_once_charges_are_made(void) {
     CHECK(choose_likeliest(NULL, logits, VOCABULARY, &token) == STEER_BAD_ARGUMENT);
 }
 
+/* A field left out of the table leaves a gap before the next that no alignment explains. */
+static void every_field_is_told_where_it_lies(void) {
+    const struct steer_field *field = steer_fields();
+    int structures = 0, functions = 0;
+    for (size_t end = 0; field->structure; field++) {
+        if (*field->field == '\0') {
+            CHECK(field->size - end < _Alignof(void *));
+            CHECK(strcmp(field->structure, field[1].structure ? field[1].structure : "") != 0);
+            end = 0;
+            structures++;
+            continue;
+        }
+        CHECK(field->offset >= end && field->offset - end < field->size);
+        CHECK(field[1].structure && strcmp(field->structure, field[1].structure) == 0);
+        end = field->offset + field->size;
+        functions += strncmp(field->field, "ggml_", 5) == 0;
+    }
+    CHECK(structures == 6);
+    CHECK(functions == (int)((offsetof(struct steer_device_ggml, host_device) + offsetof(struct steer_ggml, type_offset)) /
+                             sizeof(void *)));
+}
+
 int main(void) {
     CHECK(steer_abi() == STEER_ABI);
+    every_field_is_told_where_it_lies();
     every_operator_on_every_path_is_the_formula();
     a_device_that_cannot_is_passed_by_unless_it_is_forced();
     a_tensor_that_is_wrong_stops_the_decode_with_its_status();

@@ -36,7 +36,6 @@ from edge_steer.evaluate.metrics import log_softmax
 from edge_steer.export.lora import export_pair
 from edge_steer.registry import resolve
 from edge_steer.rotation import cos_sin
-from edge_steer.runtime.native import LLAMA_CPP_PYTHON
 
 PROMPT = "The weather today was"
 TOP = 5
@@ -44,7 +43,7 @@ TOP = 5
 
 def build(folder: Path) -> Path:
     """llama-server, compiled from the source inside llama-cpp-python's source distribution."""
-    wanted = f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
+    wanted = f"llama-cpp-python=={llama_cpp.__version__}"
     fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder), wanted]
     subprocess.run(fetch, check=True)
     (sdist,) = folder.glob("*.tar.gz")

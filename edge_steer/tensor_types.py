@@ -1,19 +1,18 @@
-"""llama.cpp's own quantizers, through ctypes: rows of a GGUF tensor to float32 and back, every type."""
+"""ggml's types of tensors: names, numbers, sizes, and rows to float32 and back by ggml's own quantizers."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from edge_steer.errors import MismatchError, SteerError
+from edge_steer import ggml
+from edge_steer.compatibility import changed
+from edge_steer.errors import SteerError
 
 Bytes = NDArray[np.uint8]
 _F32 = int(GGMLQuantizationType.F32)
@@ -23,30 +22,6 @@ _WRITABLE = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_M",
     "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
 )  # fmt: skip
-
-
-class _Traits(ctypes.Structure):
-    """struct ggml_type_traits."""
-
-    _fields_ = (
-        ("type_name", c_char_p), ("blck_size", c_int64), ("blck_size_interleave", c_int64), ("type_size", c_size_t),
-        ("is_quantized", c_bool), ("to_float", c_void_p), ("from_float_ref", c_void_p),
-    )  # fmt: skip
-
-
-_ToFloat = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    import llama_cpp
-    from llama_cpp._ctypes_extensions import load_shared_library
-
-    lib: ctypes.CDLL = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
-    lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [c_int], ctypes.POINTER(_Traits)
-    lib.ggml_quantize_chunk.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]
-    lib.ggml_quantize_chunk.restype = c_size_t
-    return lib
 
 
 def type_name(kind: int) -> str:
@@ -89,7 +64,7 @@ def to_float(kind: int, rows: Bytes, width: int) -> NDArray[np.float32]:
         return np.array(rows.view("<f4"), np.float32)
     traits = _traits(kind)
     out = np.empty((len(rows), width), np.float32)
-    _ToFloat(traits.to_float)(rows.ctypes.data, out.ctypes.data, out.size)
+    ggml.ToFloat(traits.to_float)(rows.ctypes.data, out.ctypes.data, out.size)
     return out
 
 
@@ -98,7 +73,7 @@ def from_float(kind: int, rows: NDArray[np.float32]) -> Bytes:
     rows = np.ascontiguousarray(rows, np.float32)
     count, width = rows.shape
     out = np.empty((count, row_bytes(kind, width)), np.uint8)
-    quantize = _library().ggml_quantize_chunk
+    quantize = ggml.base().ggml_quantize_chunk
     share = -(-count // (os.cpu_count() or 1))
 
     def write(first: int) -> int:
@@ -112,11 +87,10 @@ def from_float(kind: int, rows: NDArray[np.float32]) -> Bytes:
 
 
 @cache
-def _traits(kind: int) -> _Traits:
-    traits: _Traits = _library().ggml_get_type_traits(kind).contents
-    # The one structure read here: its fields must be where this release knows them.
-    if (traits.blck_size, traits.type_size) != _SIZES[kind] or not traits.to_float:
-        raise MismatchError(
-            f"this llama.cpp has no known way to read {type_name(kind)}; pip install llama-cpp-python==0.3.36"
-        )
+def _traits(kind: int) -> ggml.TypeTraits:
+    traits: ggml.TypeTraits = ggml.base().ggml_get_type_traits(kind).contents
+    # Its fields must be where this release knows them.
+    found = (traits.blck_size, traits.type_size) if traits.to_float else "none that can be read"
+    if found != _SIZES[kind]:
+        raise changed(f"{type_name(kind)} in blocks of {_SIZES[kind]} values and bytes", str(found))
     return traits
