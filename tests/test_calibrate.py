@@ -34,6 +34,7 @@ class PlantedModel:
 
     name = "native"
     base = BaseModel("llama", "planted", BLOCKS, D, "abc")
+    sink: np.ndarray | None = None  # (S, d)
 
     def __init__(self, sites: Sequence[Site] = SITES, *, noise: float = 0.3) -> None:
         rng = np.random.default_rng(0)
@@ -55,7 +56,8 @@ class PlantedModel:
             yield h.astype(np.float32)
 
     def sums(self, prompts: Sequence[Prompt], step: Step) -> ClassSums:
-        return ClassSums.of(np.stack(list(self.rows(prompts, step))))
+        found = ClassSums.of(np.stack(list(self.rows(prompts, step))))
+        return found if self.sink is None else dataclasses.replace(found, sink=self.sink.astype(np.float64))
 
 
 def silent(_: int) -> None:
@@ -337,3 +339,18 @@ def test_a_class_without_prompts_is_an_error() -> None:
         return  # a PromptSet that refuses it is as good
     with pytest.raises(SteerError, match="at least one negative prompt"):
         calibrate(PlantedModel(), empty)
+
+
+def test_rotation_of_the_stream_leaves_the_attention_sink_as_it_is() -> None:
+    """The first token's direction is in no plane, and gains nothing for the class from it."""
+    model = PlantedModel(STREAM)
+    sink = np.random.default_rng(1).normal(size=(BLOCKS, D)) + model.mean
+    model.sink = 100 * sink
+    made = calibrate(model, prompt_set(), kinds=None)
+    for site in made.sites:
+        assert np.abs(made.basis_at(site) @ sink[site.layer]).max() < 1e-5
+    for kinds, how in ((STREAM, {"operator": "addition"}), (SITES, {})):
+        with_sink, without_sink = PlantedModel(kinds), PlantedModel(kinds)
+        with_sink.sink = np.ones((len(kinds), D))
+        found = [calibrate(each, prompt_set(), kinds=None, **how).basis for each in (with_sink, without_sink)]
+        np.testing.assert_array_equal(*found)

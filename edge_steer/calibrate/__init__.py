@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
-from edge_steer.calibrate.directions import SMALLEST, axes_at, directions, without
+from edge_steer.calibrate.directions import SMALLEST, axes_at, directions, sink_axis, without
 from edge_steer.calibrate.planes import (
     MASKS,
     Mask,
@@ -95,16 +95,22 @@ def calibrate(
     kept, unit = found.kept, found.unit
     for number in sorted(set(range(len(recorded))) - set(kept.tolist())):
         note(f"{recorded[number]} is left out: both classes have the same mean activation there")
-    if orthogonal_to:
-        sites = tuple(recorded[number] for number in kept)
-        axes = [_axis(recorder, each, of_kind[kept], sites, step) for each in orthogonal_to]
+    sites = tuple(recorded[number] for number in kept)
+    axes = [_axis(recorder, each, of_kind[kept], sites, step) for each in orthogonal_to]
+    sink = sink_axis(positive.at(kept), negative.at(kept)) if spares_sink(operator, plane, sites) else None
+    if sink is not None:
+        axes.append(sink)
+    if axes:
         unit, apart = without(unit, axes)
         kept = kept[apart]
+        sink = None if sink is None else sink[apart]
     inside = np.isin(of_kind[kept], chosen)
     if not inside.any():
         raise SteerError("expected a site with a direction in these layers, got none; use other prompts or layers")
 
     mean = ((positive.mean + negative.mean) / 2)[kept]
+    if sink is not None:
+        mean = mean - (mean * sink).sum(-1, keepdims=True) * sink
     angles = class_angles(positive.at(kept), negative.at(kept))
     sites = tuple(recorded[number] for number in kept)
     if plane == "shared":
@@ -161,6 +167,12 @@ def calibrate(
             orthogonal_to=tuple(each.name for each in orthogonal_to),
         ),
     )
+
+
+def spares_sink(operator: Operator, plane: Plane, sites: Sequence[Site]) -> bool:
+    """Whether planes are made orthogonal to the attention sink: rotations of the residual stream, where the first
+    token is a hundred times as long as any other, and turning it disturbs what every token attends to."""
+    return operator == "selective" and plane != "global" and sites[0].kind == "layer_out"
 
 
 def chosen_sites(

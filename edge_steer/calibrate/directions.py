@@ -87,3 +87,16 @@ def without(unit: Float64, axes: Sequence[Float64]) -> tuple[Float64, NDArray[np
     if not len(kept):
         raise SteerError("expected directions of their own, got ones along those to be orthogonal to; leave those out")
     return left[kept] / length[kept, None], kept
+
+
+def sink_axis(positive: ClassSums, negative: ClassSums) -> Float64 | None:
+    """(T, d) the unit direction of a prompt's first token at each site; None where it was not recorded.
+
+    Models park attention on that token: its activation is massive and points the same way whatever the token is
+    (arXiv 2309.17453, 2402.17762).
+    """
+    if not (positive.sink.ndim and negative.sink.ndim):
+        return None
+    sink = positive.sink + negative.sink
+    length = np.linalg.norm(sink, axis=-1, keepdims=True)
+    return np.asarray(np.divide(sink, length, out=np.zeros_like(sink), where=length > 0))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_steer.calibrate.sums import KEPT, ClassSums
+from edge_steer.calibrate.sums import KEPT, ClassSums, Float64
 from edge_steer.contrast import Prompt
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
@@ -65,7 +65,16 @@ class NativeRecorder:
                 f"expected {len(prompts)} activations at {site}, got {counts.min()}: this graph has no such tensor; "
                 "run `edge-steer doctor -m MODEL` to see the sites it has"
             )
-        return ClassSums(len(prompts), record.sum[self._at], record.sum_unit[self._at], record.sum_norm[self._at], rows)
+        return ClassSums(
+            len(prompts), record.sum[self._at], record.sum_unit[self._at], record.sum_norm[self._at], rows,
+            self._sink(prompts[0]),
+        )  # fmt: skip
+
+    def _sink(self, prompt: Prompt) -> Float64:
+        """(S, d) activations of a prompt's first token."""
+        record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
+        self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt))[:1], record)
+        return record.sum[self._at]
 
     def close(self) -> None:
         """Free the model."""

@@ -6,7 +6,7 @@ Letters: n prompts, k of them kept, S sites, d model width. h: the activation of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ class ClassSums:
     """Sums over the `count` prompts of one class: h (S, d) Σh, unit (S, d) Σh/‖h‖, norm (S,) Σ‖h‖, all float64.
 
     rows: (k, S, d) float32, the activations of at most KEPT of the prompts.
+    sink: (S, d) float64, the activation of a prompt's first token, the attention sink; 0 where none was recorded.
     Sums of two halves of a class add up to those of the whole.
     """
 
@@ -42,6 +43,7 @@ class ClassSums:
     unit: Float64
     norm: Float64
     rows: NDArray[np.float32] = field(default_factory=_none)
+    sink: Float64 = field(default_factory=lambda: np.zeros(()))
 
     @classmethod
     def of(cls, rows: NDArray[np.floating[Any]]) -> ClassSums:
@@ -56,18 +58,23 @@ class ClassSums:
     def __add__(self, other: ClassSums) -> ClassSums:
         kept = np.concatenate([each for each in (self.rows, other.rows) if len(each)] or [self.rows])[:KEPT]
         return ClassSums(
-            self.count + other.count, self.h + other.h, self.unit + other.unit, self.norm + other.norm, kept
-        )
+            self.count + other.count, self.h + other.h, self.unit + other.unit, self.norm + other.norm, kept,
+            self.sink if self.sink.any() else other.sink,
+        )  # fmt: skip
 
     def at(self, index: NDArray[np.integer[Any]]) -> ClassSums:
         """The sums at the sites `index` only."""
         rows = self.rows[:, index] if len(self.rows) else self.rows
-        return ClassSums(self.count, self.h[index], self.unit[index], self.norm[index], rows)
+        sink = self.sink[index] if self.sink.ndim else self.sink
+        return ClassSums(self.count, self.h[index], self.unit[index], self.norm[index], rows, sink)
 
     def centred(self, where: NDArray[np.bool_]) -> ClassSums:
-        """Σh with its mean over the d elements taken off at the sites `where`: what a LayerNorm sees of h."""
-        h = np.where(where[:, None], self.h - self.h.mean(-1, keepdims=True), self.h)
-        return ClassSums(self.count, h, self.unit, self.norm, self.rows)
+        """Σh and the sink, their mean over the d elements taken off at the sites `where`: what a LayerNorm sees."""
+        h, sink = (
+            np.where(where[:, None], each - each.mean(-1, keepdims=True), each) if each.ndim else each
+            for each in (self.h, self.sink)
+        )
+        return replace(self, h=h, sink=sink)
 
     @property
     def mean(self) -> Float64:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -115,7 +115,8 @@ class TorchRecorder:
         order = sorted(range(len(tokens)), key=lambda number: (number >= KEPT, -len(tokens[number])))
         none = np.zeros((0, len(self.sites), self.base.embedding_length))
         batches = self._batches([tokens[number] for number in order], step)
-        return sum(map(ClassSums.of, batches), start=ClassSums.of(none))
+        found = sum(map(ClassSums.of, batches), start=ClassSums.of(none))
+        return replace(found, sink=self._forward([tokens[0][:1]])[0].astype(np.float64)) if tokens else found
 
     def text_tokens(self, text: str) -> list[int]:
         """Tokens of a rendered text; a BOS that it does not bear is added where the tokenizer adds one, and nothing
