@@ -1,6 +1,7 @@
 # What CI runs, and what you run before a commit.
 
 python := env("PYTHON", "python")
+export NO_MKDOCS_2_WARNING := "1"
 
 # Everything CI checks
 check: lint types test
@@ -23,6 +24,14 @@ types:
 format:
     {{python}} -m ruff check --fix .
     {{python}} -m ruff format .
+
+# The site in build/site; a dead link, a wrong name or a page that is not in the menu is an error (needs the extra `docs`)
+docs:
+    {{python}} -m mkdocs build --strict
+
+# The site at http://127.0.0.1:8000, built again at every change
+docs-serve:
+    {{python}} -m mkdocs serve
 
 # The C library with every warning an error, by each compiler there is
 native-warnings:
