@@ -1,6 +1,7 @@
 # What CI runs, and what you run before a commit.
 
 python := env("PYTHON", "python")
+export NO_MKDOCS_2_WARNING := "1"
 
 # Everything CI checks
 check: lint types test
@@ -32,6 +33,14 @@ try-llama-cpp version *args:
     build/llama-cpp-{{version}}/bin/python -m pip install --quiet "llama-cpp-python=={{version}}" -e '.[dev]'
     build/llama-cpp-{{version}}/bin/python -m edge_steer doctor
     build/llama-cpp-{{version}}/bin/python -m pytest {{args}}
+
+# The site in build/site; a dead link, a wrong name or a page that is not in the menu is an error (needs the extra `docs`)
+docs:
+    {{python}} -m mkdocs build --strict
+
+# The site at http://127.0.0.1:8000, built again at every change
+docs-serve:
+    {{python}} -m mkdocs serve
 
 # The C library with every warning an error, by each compiler there is
 native-warnings:

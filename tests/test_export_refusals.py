@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from exports import steering_for, tinies
 from planted import DIAL, random_steering
@@ -97,6 +98,14 @@ def test_an_architecture_whose_readers_are_not_known(tinies: dict[str, Any]) -> 
     names = [tensor.name for tensor in read_model(tinies["llama"].gguf_path).tensors]
     with pytest.raises(SteerError, match=r"read blk\.0\.attn_norm in architecture granite are not known"):
         folding([steering_for(tinies["llama"].gguf_path)], architecture("granite"), names, no_norm)
+
+
+def test_a_turned_stream_in_an_architecture_whose_readers_are_not_known(tinies: dict[str, Any]) -> None:
+    model = read_model(tinies["llama"].gguf_path)
+    steering = steering_for(tinies["llama"].gguf_path, sites="layer_out")
+    names = {tensor.name for tensor in model.tensors}
+    with pytest.raises(SteerError, match=r"blk\.1\.layer_out.*that read granite.s norms behind it are not known"):
+        folding([steering], architecture("granite"), names, norm=lambda name: np.ones(model.embedding_length))
 
 
 def test_a_checkpoint_without_one_of_its_experts(tinies: dict[str, Any], tmp_path: Path) -> None:

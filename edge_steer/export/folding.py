@@ -206,22 +206,21 @@ def stream_sites(steerings: Sequence[Steering]) -> list[Site]:
 def check_stream(steerings: Sequence[Steering], known: Architecture) -> None:
     """Raise SteerError where turns of the residual stream cannot be folded into a model of the `known` architecture."""
     first = stream_sites(steerings)[0]
+    if any(how.readers is None for how in known.kinds.values()):
+        raise SteerError(f"{first}: the weights that read {known.name}'s norms behind it are not known; use the hook")
     if known.post_norms:
         raise SteerError(
-            f"{first}: {known.name} normalises what a block writes before it adds it "
-            f"({', '.join(known.post_norms)}), so a rotation of the residual stream cannot be folded into its "
-            "weights; use the hook, or calibrate with --sites attn_norm"
+            f"{first}: {known.name} normalises what a block writes ({', '.join(known.post_norms)}), so no weight can "
+            "write a turned residual stream; use the hook, or calibrate with --sites attn_norm"
         )
     for steering in steerings:
         inside = [site for site in steering.steered if site.kind == "layer_out"]
-        if not inside:
-            continue
-        if steering.operator != "selective":
+        if inside and steering.operator != "selective":
             raise SteerError(
                 f"steering {steering.name!r} at {inside[0]}: {steering.operator} does not keep lengths, so norms would "
                 "see it; only selective is folded into the residual stream; use the hook"
             )
-        if known.layer_norm:
+        if inside and known.layer_norm:
             along = max(float(np.abs(steering.basis_at(site).sum(-1)).max()) for site in inside)
             if along > _ALONG_ONES * np.sqrt(steering.base.embedding_length):
                 raise SteerError(
