@@ -151,7 +151,7 @@ def chatting(
     with serving() as (address, server):
         command = [sys.executable, "-m", "edge_steer", "chat", "-m", str(model), "--rpc", address]
         chat = subprocess.Popen(
-            [*command, "--max-tokens", str(max_tokens), "--ctx", "4096", "--threads", "1"], cwd=folder,
+            [*command, "--max-tokens", str(max_tokens), "--ctx", "256", "--threads", "1"], cwd=folder,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert chat.stdin is not None

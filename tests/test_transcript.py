@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def test_a_server_that_hung_up_is_noticed_and_one_that_is_there_is_not(monkeypat
             server, _ = listener.accept()
             rpc.check_servers([address, "127.0.0.1:1"])
             server.sendall(b"x")
+            files = set(os.listdir("/dev/fd"))
             rpc.check_servers([address])
+            assert set(os.listdir("/dev/fd")) == files
         with socket.create_connection(listener.getsockname()):
             other, _ = listener.accept()
             other.close()

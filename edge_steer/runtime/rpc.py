@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import stat
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from ctypes import c_void_p
 from functools import cache
@@ -109,14 +110,22 @@ def check_servers(servers: Sequence[str]) -> None:
     files."""
     global _told_lost
     wanted = {_address(server): server for server in servers}
-    for number in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
-        with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connection:
+    for connection in _connections():
+        with connection, suppress(OSError):
             server = wanted.get(connection.getpeername()[:2])
             if server is not None and _is_closed(connection):
                 _told_lost = True
                 raise SteerError(
                     f"RPC server {server} was lost, and the model's layers with it; start it again, then this program"
                 )
+
+
+def _connections() -> Iterator[socket.socket]:
+    """This process's sockets, each as a copy for the caller to close; ggml does not hand its own out."""
+    for number in map(int, os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ()):
+        with suppress(OSError):  # closed meanwhile, such as that of the listing itself
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                yield socket.socket(fileno=os.dup(number))
 
 
 @cache
