@@ -19,7 +19,8 @@ from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizatio
 from numpy.typing import NDArray
 
 from edge_steer import steering_file
-from edge_steer.converters.checkpoint import Config, Weight, read_config, read_weights
+from edge_steer.architectures import architecture
+from edge_steer.checkpoint import Config, read_config
 from edge_steer.converters.family import OTHER_WAY, Family, Keys, common_keys, note_window, rope
 from edge_steer.converters.gemma2 import GEMMA2
 from edge_steer.converters.gemma3 import GEMMA3
@@ -30,13 +31,13 @@ from edge_steer.converters.qwen2 import QWEN2, QWEN2_MOE
 from edge_steer.converters.qwen3 import QWEN3
 from edge_steer.converters.same_tokens import demand_same_tokens
 from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
+from edge_steer.converters.weights import Weight, read_weights
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export import ggml
 from edge_steer.export.changes import Changes
 from edge_steer.export.folding import EMBEDDING, HEAD, folding
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import linear_actions
-from edge_steer.sites import architecture
 from edge_steer.steering import BaseModel, Steering, metadata
 from edge_steer.whole_file import whole_file
 

@@ -11,9 +11,9 @@ from typing import Any
 from click.testing import CliRunner, Result
 from planted import random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
-from edge_steer.sites import architecture
 from edge_steer.steering import Operator, Steering
 
 PROGRAM = [sys.executable, "-m", "edge_steer"]

@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from planted import DIAL, random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
 from edge_steer.steering import Operator, Steering
 
 BATCHES = (1, 7, 512, 700)

@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from planted import random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.evaluate.metrics import log_softmax
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
 from edge_steer.steering import Operator, Steering
 
 TOKENS = [256, *range(40, 90)]

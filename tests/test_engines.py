@@ -14,10 +14,10 @@ pytest.importorskip("transformers")
 
 import tiny
 
+from edge_steer.architectures import architecture
 from edge_steer.converters.quantize import quantize_file
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
 from edge_steer.steering import OPERATORS, Operator, Steering
 
 TOKENS = [256, *range(40, 100)]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from planted import DIAL, random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import SteerError
 from edge_steer.rotation import TurnBy
 from edge_steer.runtime.native import Hook
-from edge_steer.sites import Site, architecture
+from edge_steer.sites import Site
 from edge_steer.steering import OPERATORS, BaseModel, Operator, Steering
 
 WIDTH = 96

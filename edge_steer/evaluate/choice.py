@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.architectures import architecture
 from edge_steer.calibrate import Mask, calibrate
 from edge_steer.calibrate.sums import Recorder, Step
 from edge_steer.contrast import Prompt, PromptSet
@@ -22,7 +23,7 @@ from edge_steer.evaluate.dial import Dial, Divergence, dial_at, with_dials
 from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import log_softmax, probe_gaps
 from edge_steer.evaluate.model import MeasuredModel, turn
-from edge_steer.sites import Architecture, architecture
+from edge_steer.sites import Architecture
 from edge_steer.steering import Operator, Steering
 
 PROBES = 8

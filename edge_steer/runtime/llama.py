@@ -25,6 +25,7 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 from numpy.typing import NDArray
 
+from edge_steer.architectures import architecture
 from edge_steer.chat_format import BoundedChatFormatter
 from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
 from edge_steer.errors import NoEffectError, SteerError, shown
@@ -44,7 +45,7 @@ from edge_steer.runtime.native import Hook, Record
 from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.runtime.tokens import Tokenizer
-from edge_steer.sites import Site, architecture
+from edge_steer.sites import Site
 
 Message = Mapping[str, str]  # role and content
 Scope = Literal["all", "response"]
