@@ -164,7 +164,7 @@ def open_model(
         steerings, dials = named_steerings(steering, angle=angle, strength=strength)
     path, parameters = run_parameters(model, **run)
     if not steering:
-        embedded = [path] if "steering.count" in read_model(path).metadata else []
+        embedded = [path] if read_model(path).embeds_steerings else []
         if not embedded and (angle is not None or strength is not None):
             raise click.UsageError("--angle and --strength turn a steering; give one with -s FILE")
         steerings, dials = named_steerings(embedded, angle=angle, strength=strength)

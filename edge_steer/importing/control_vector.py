@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from edge_steer._version import __version__
 from edge_steer.architectures import ARCHITECTURES, MODEL_TYPES
 from edge_steer.errors import FormatError, NoEffectError, SteerError, shown
-from edge_steer.gguf_metadata import TensorInfo, read_gguf
+from edge_steer.gguf_metadata import read_gguf
+from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.importing.target import Target
 from edge_steer.sites import Site
 from edge_steer.steering import Made, Steering

@@ -100,7 +100,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         file = read_model(model_path)
         arch = architecture(file.architecture, (tensor.name for tensor in file.tensors))
         sites = arch.sites(file.block_count, ",".join(arch.kinds))
-        embedded = model_path if "steering.count" in file.metadata else ()
+        embedded = model_path if file.embeds_steerings else ()
         self.steerings = load_steerings(embedded if steering is None else steering)
         for each in self.steerings:
             if warning := each.check_fits(file.base):
