@@ -37,7 +37,7 @@ from edge_steer.evaluate.coherence import repetition
 from edge_steer.evaluate.dial import PASSAGES, Divergence, dial_at
 from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import log_softmax, probe_gaps
-from edge_steer.registry import resolve
+from edge_steer.fetch import resolve
 from edge_steer.runtime.chat import Sampling, answered
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all

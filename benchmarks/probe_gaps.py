@@ -20,7 +20,7 @@ from edge_steer.calibrate.remembered import Remembered
 from edge_steer.contrast import Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
 from edge_steer.evaluate.metrics import log_probabilities, plain_tokens, probe_gaps
-from edge_steer.registry import resolve
+from edge_steer.fetch import resolve
 from edge_steer.runtime.llama import SteeredLlama
 
 VARIANTS = (("local", "site"), ("local", "all"), ("global", "layer"))

@@ -39,7 +39,7 @@ from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
 from edge_steer.evaluate.search import Effort
 from edge_steer.evaluate.sweep import Curve, Sweep, settings
 from edge_steer.evaluate.sweep_plots import effect_against_damage
-from edge_steer.registry import resolve
+from edge_steer.fetch import resolve
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 

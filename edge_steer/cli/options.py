@@ -95,8 +95,8 @@ def run_parameters(
     """The path of a model, fetched if need be, and the parameters of SteeredLlama that the run options stand for."""
     from edge_steer.cli.progress import fetching
     from edge_steer.errors import SteerError
+    from edge_steer.fetch import resolve
     from edge_steer.model_file import read_model
-    from edge_steer.registry import resolve
 
     if rpc:
         from edge_steer.runtime.rpc import parse_endpoint
