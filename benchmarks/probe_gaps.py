@@ -17,10 +17,11 @@ import click
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.remembered import Remembered
-from edge_steer.contrast import Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
 from edge_steer.evaluate.metrics import log_probabilities, plain_tokens, probe_gaps
 from edge_steer.fetch import resolve
+from edge_steer.preset import load_preset, neutral_passages, preset_names
+from edge_steer.prompts import Probe
 from edge_steer.runtime.llama import SteeredLlama
 
 VARIANTS = (("local", "site"), ("local", "all"), ("global", "layer"))

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 import tiny
 
-from edge_steer.contrast import load_preset
 from edge_steer.export.embedded import embed
+from edge_steer.preset import load_preset
 from edge_steer.steering import Made, Steering, save_all
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -34,7 +34,7 @@ from edge_steer.sites import OUTER_KINDS, Site
 from edge_steer.steering import OPERATORS, PLANES, RANK, Made, Operator, Plane, Steering
 
 if TYPE_CHECKING:
-    from edge_steer.contrast import Prompt, PromptSet
+    from edge_steer.prompts import Prompt, PromptSet
 
 __all__ = ["ClassSums", "Mask", "Recorder", "calibrate", "passes"]
 

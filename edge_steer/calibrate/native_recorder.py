@@ -10,9 +10,9 @@ import numpy as np
 
 from edge_steer.architectures import architecture
 from edge_steer.calibrate.sums import KEPT, ClassSums
-from edge_steer.contrast import Prompt
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
+from edge_steer.prompts import Prompt
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.native import Record
 from edge_steer.sites import OUTER_KINDS

@@ -16,7 +16,7 @@ from edge_steer.sites import Site
 from edge_steer.steering import BaseModel
 
 if TYPE_CHECKING:
-    from edge_steer.contrast import Prompt
+    from edge_steer.prompts import Prompt
 
 Float64 = NDArray[np.float64]
 # Called with k after every k further prompts.

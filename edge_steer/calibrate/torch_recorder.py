@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture_of
 from edge_steer.calibrate.sums import KEPT, ClassSums, Step
-from edge_steer.contrast import ChatTemplate, Prompt
+from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
+from edge_steer.prompts import Prompt
 from edge_steer.sites import Architecture, Site, site_of_module
 from edge_steer.steering import BaseModel
 

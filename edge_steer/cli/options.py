@@ -127,7 +127,8 @@ def _template(given: str) -> str:
     """The text of a template's file, or the name of one of llama.cpp's."""
     from pathlib import Path
 
-    from edge_steer.contrast import ChatTemplate, read_text
+    from edge_steer.chat_template import ChatTemplate
+    from edge_steer.prompt_files import read_text
 
     if Path(given).is_file():
         return read_text(Path(given))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture
 from edge_steer.chat_format import BoundedChatFormatter
-from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
+from edge_steer.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from edge_steer.errors import NoEffectError, SteerError, shown
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
