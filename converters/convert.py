@@ -38,7 +38,8 @@ from edge_steer.export.changes import Changes
 from edge_steer.export.folding import EMBEDDING, HEAD, folding
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import linear_actions
-from edge_steer.steering import BaseModel, Steering, metadata
+from edge_steer.provenance import BaseModel
+from edge_steer.steering import Steering, metadata
 from edge_steer.whole_file import whole_file
 
 # By config.json's model_type.

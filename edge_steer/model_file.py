@@ -12,7 +12,7 @@ import numpy as np
 from edge_steer.errors import FormatError, shown
 from edge_steer.gguf_metadata import Value, read_gguf
 from edge_steer.gguf_tensors import TensorInfo
-from edge_steer.steering import CONTROL_CHARACTERS, MAX_NAME, BaseModel
+from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME, BaseModel
 from edge_steer.steering_file import holds_steerings
 
 __all__ = ["ModelFile", "TensorInfo", "read_model"]

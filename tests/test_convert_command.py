@@ -36,7 +36,8 @@ from edge_steer.cli.main import main
 from edge_steer.converters.convert import read, write
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
-from edge_steer.steering import Operator, Steering
+from edge_steer.operators import Operator
+from edge_steer.steering import Steering
 
 
 @pytest.fixture(scope="module")

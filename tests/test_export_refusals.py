@@ -20,8 +20,8 @@ from edge_steer.export.hf import bake_hf
 from edge_steer.export.lora import export_adapter, export_pair, products
 from edge_steer.export.peft import export_peft
 from edge_steer.model_file import read_model
+from edge_steer.operators import Operator
 from edge_steer.sites import Site
-from edge_steer.steering import Operator
 
 __all__ = ["tinies"]
 

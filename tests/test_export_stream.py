@@ -21,9 +21,10 @@ from edge_steer.export.lora import export_adapter, export_pair
 from edge_steer.export.lora_notes import scales
 from edge_steer.export.peft import export_peft
 from edge_steer.model_file import read_model
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import TurnBy
 from edge_steer.sites import Site
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.steering import Steering
 
 __all__ = ["tinies"]
 

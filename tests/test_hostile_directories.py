@@ -24,8 +24,8 @@ from edge_steer.checkpoint import read_config
 from edge_steer.converters.weights import read_weights
 from edge_steer.errors import FormatError, SteerError
 from edge_steer.export.hf_weights import read_checkpoint
+from edge_steer.provenance import BaseModel
 from edge_steer.safetensors_file import read_safetensors, write_safetensors
-from edge_steer.steering import BaseModel
 
 WIDTH = 8
 CONFIG = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": WIDTH}

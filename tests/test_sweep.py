@@ -27,8 +27,9 @@ from edge_steer.evaluate.search import QUICK, Effort
 from edge_steer.evaluate.sweep import Curve, Sweep, settings, with_range
 from edge_steer.evaluate.sweep_files import write_csv, write_json
 from edge_steer.prompts import Probe, Prompt, PromptSet
+from edge_steer.provenance import Made
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.steering import Made, Steering
+from edge_steer.steering import Steering
 
 RUN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 # A random model is no good at anything: it has a range at all with limits of its own.

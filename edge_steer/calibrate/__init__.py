@@ -30,8 +30,10 @@ from edge_steer.calibrate.planes import (
 )
 from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.errors import SteerError
+from edge_steer.operators import OPERATORS, PLANES, RANK, Operator, Plane
+from edge_steer.provenance import Made
 from edge_steer.sites import OUTER_KINDS, Site
-from edge_steer.steering import OPERATORS, PLANES, RANK, Made, Operator, Plane, Steering
+from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
     from edge_steer.prompts import Prompt, PromptSet

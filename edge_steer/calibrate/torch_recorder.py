@@ -20,8 +20,8 @@ from edge_steer.calibrate.sums import KEPT, ClassSums, Step
 from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt
+from edge_steer.provenance import BaseModel
 from edge_steer.sites import Architecture, Site, site_of_module
-from edge_steer.steering import BaseModel
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]

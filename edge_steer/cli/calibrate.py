@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from edge_steer.calibrate import Mask
     from edge_steer.calibrate.torch_recorder import Device, DType
     from edge_steer.evaluate.calibration import CalibrationEngine
+    from edge_steer.operators import Operator, Plane
     from edge_steer.prompts import PromptSet
-    from edge_steer.steering import Operator, Plane, Steering
+    from edge_steer.steering import Steering
 
 
 # As in steering.py and calibrate/, which need numpy: `--help` does without.

@@ -17,9 +17,10 @@ from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import probe_gaps
 from edge_steer.evaluate.model import MeasuredModel, TorchModel
 from edge_steer.export.progress import Progress, no_progress
+from edge_steer.operators import Operator, Plane
 from edge_steer.preset import load_preset
 from edge_steer.prompts import PromptSet
-from edge_steer.steering import Operator, Plane, Steering
+from edge_steer.steering import Steering
 
 # As long as any prompt or probe that is measured on; a recorded prompt may be longer.
 _MEASURED_CONTEXT = 1024

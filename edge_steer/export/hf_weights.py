@@ -14,9 +14,10 @@ from edge_steer.checkpoint import Config, read_config, read_tensors
 from edge_steer.errors import FormatError, SteerError, shown
 from edge_steer.export.folding import Folding, Reads, folding
 from edge_steer.export.readers import check_experts, gguf_name
+from edge_steer.provenance import BaseModel
 from edge_steer.safetensors_file import Tensor, to_float32
 from edge_steer.sites import Architecture
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.steering import Steering
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from edge_steer.errors import FormatError, NoEffectError, SteerError, shown
 from edge_steer.gguf_metadata import read_gguf
 from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.importing.target import Target
+from edge_steer.provenance import Made
 from edge_steer.sites import Site
-from edge_steer.steering import Made, Steering
+from edge_steer.steering import Steering
 
 _TYPES = {int(GGMLQuantizationType.F32): "<f4", int(GGMLQuantizationType.F16): "<f2"}
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture_of
 from edge_steer.errors import NoEffectError
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import Action
 from edge_steer.sites import Architecture, Site, site_of_module
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.steering import Steering
 
 
 @contextmanager
