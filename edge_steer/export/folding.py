@@ -130,10 +130,7 @@ class Folding:
 
 
 def folding(
-    steerings: Sequence[Steering],
-    known: Architecture,
-    tensors: Collection[str],
-    norm: Callable[[str], Floats],
+    steerings: Sequence[Steering], known: Architecture, tensors: Collection[str], norm: Callable[[str], Floats]
 ) -> Folding:
     """How `steerings`, in order, are folded into a model with `tensors`. norm: a norm's weight (d,) by its GGUF name.
 
