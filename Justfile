@@ -18,8 +18,11 @@ lint:
     {{python}} -m ruff check .
     {{python}} -m ruff format --check .
 
+# Types, of the packages as they lie when installed: converters/ inside edge_steer/
 types:
-    {{python}} -m mypy
+    rm -rf build/types/edge_steer && mkdir -p build/types
+    cp -R edge_steer build/types && cp -R converters build/types/edge_steer
+    cd build/types && {{python}} -m mypy --config-file ../../pyproject.toml
 
 format:
     {{python}} -m ruff check --fix .

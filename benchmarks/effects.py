@@ -29,7 +29,6 @@ import numpy as np
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.remembered import Remembered
-from edge_steer.contrast import PRESETS, Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
 from edge_steer.evaluate import choice
 from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
@@ -37,7 +36,9 @@ from edge_steer.evaluate.coherence import repetition
 from edge_steer.evaluate.dial import PASSAGES, Divergence, dial_at
 from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import log_softmax, probe_gaps
-from edge_steer.registry import resolve
+from edge_steer.fetch import resolve
+from edge_steer.preset import PRESETS, load_preset, neutral_passages, preset_names
+from edge_steer.prompts import Probe
 from edge_steer.runtime.chat import Sampling, answered
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all

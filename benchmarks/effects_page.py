@@ -9,8 +9,8 @@ from typing import Any
 
 from page import RESULTS, write_part
 
-from edge_steer.contrast import PRESETS, load_preset, preset_names
 from edge_steer.evaluate.material import spread
+from edge_steer.preset import PRESETS, load_preset, preset_names
 
 Row = dict[str, Any]
 OURS, FORMER, PUBLISHED = "default", "former default", "published"

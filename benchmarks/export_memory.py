@@ -23,9 +23,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from edge_steer.architectures import architecture
 from edge_steer.model_file import read_model
 from edge_steer.rotation import orthonormal
-from edge_steer.sites import architecture
 from edge_steer.steering import Steering
 
 WIDTH, FEED_FORWARD, KV_WIDTH, VOCABULARY = 4096, 14336, 1024, 128256

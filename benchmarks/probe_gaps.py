@@ -17,10 +17,11 @@ import click
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.remembered import Remembered
-from edge_steer.contrast import Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.metrics import probe_gaps, text_log_probabilities
-from edge_steer.registry import resolve
+from edge_steer.evaluate.metrics import log_probabilities, plain_tokens, probe_gaps
+from edge_steer.fetch import resolve
+from edge_steer.preset import load_preset, neutral_passages, preset_names
+from edge_steer.prompts import Probe
 from edge_steer.runtime.llama import SteeredLlama
 
 VARIANTS = (("local", "site"), ("local", "all"), ("global", "layer"))
@@ -69,7 +70,8 @@ def measured(
 ) -> tuple[float, float]:
     """Mean probe gap and mean log-probability of neutral text at a dial."""
     llm.angle = dial
-    return float(probe_gaps(llm, probes).mean()), float(text_log_probabilities(llm, neutral).mean())
+    costs = [float(log_probabilities(llm, plain_tokens(llm, passage), 1).mean()) for passage in neutral]
+    return float(probe_gaps(llm, probes).mean()), sum(costs) / len(costs)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from page import RESULTS, write_part
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.remembered import Remembered
-from edge_steer.contrast import load_preset, preset_names
 from edge_steer.errors import SteerError
 from edge_steer.evaluate.budget import Budget
 from edge_steer.evaluate.journal import Journal
@@ -39,7 +38,8 @@ from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
 from edge_steer.evaluate.search import Effort
 from edge_steer.evaluate.sweep import Curve, Sweep, settings
 from edge_steer.evaluate.sweep_plots import effect_against_damage
-from edge_steer.registry import resolve
+from edge_steer.fetch import resolve
+from edge_steer.preset import load_preset, preset_names
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 

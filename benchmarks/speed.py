@@ -24,7 +24,7 @@ from timing.picture import draw
 from timing.rounds import Row, Times, rounds_of, shares, table
 
 import edge_steer
-from edge_steer.registry import resolve
+from edge_steer.fetch import resolve
 from edge_steer.steering import Steering
 
 SMALL, STREAM = "smollm2-135m", "qwen2.5-coder-0.5b"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.converters.checkpoint import Config, Weight, positive
+from edge_steer.checkpoint import Config, positive
+from edge_steer.converters.weights import Weight
 from edge_steer.errors import FormatError, SteerError, shown
 
 Keys = dict[str, Any]

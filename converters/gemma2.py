@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edge_steer.converters.checkpoint import Config, Weight
+from edge_steer.checkpoint import Config
 from edge_steer.converters.family import OTHER_WAY, Family, Keys, Shapes, dense_shapes
+from edge_steer.converters.weights import Weight
 from edge_steer.errors import FormatError, SteerError
 
 # llama.cpp knows the one size of Gemma-2 whose attention is not scaled by the head width, by its number of blocks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_steer.converters.checkpoint import Config, positive
+from edge_steer.checkpoint import Config, positive
 from edge_steer.converters.family import OTHER_WAY, Family, Keys, Shapes, rope_parameters
 from edge_steer.converters.gemma2 import check_scale, one_plus, sandwich_shapes, sliding
 from edge_steer.errors import SteerError

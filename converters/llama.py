@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from edge_steer.converters.checkpoint import Config, Weight
+from edge_steer.checkpoint import Config
 from edge_steer.converters.family import Family, Keys, Shapes, attention_shapes, dense_shapes, neighbours
+from edge_steer.converters.weights import Weight
 
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_steer.converters.checkpoint import Config, Weight
+from edge_steer.checkpoint import Config
 from edge_steer.converters.family import OTHER_WAY, Family, Keys, Shapes, attention_shapes, dense_shapes
+from edge_steer.converters.weights import Weight
 from edge_steer.errors import SteerError
 
 

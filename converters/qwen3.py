@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_steer.converters.checkpoint import Config
+from edge_steer.checkpoint import Config
 from edge_steer.converters.family import Family, Shapes, dense_shapes
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edge_steer.runtime.llama import SteeredLlama
     from edge_steer.steering import Steering
 
+# The public names; what else a module here holds is for edge-steer's own use.
 __all__ = ["FormatError", "MismatchError", "NoEffectError", "SteerError", "SteeredLlama", "Steering", "__version__"]
 
 
@@ -23,3 +24,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

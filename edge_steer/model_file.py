@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from edge_steer.errors import FormatError, shown
-from edge_steer.gguf_metadata import TensorInfo, Value, read_gguf
-from edge_steer.steering import CONTROL_CHARACTERS, MAX_NAME, BaseModel
+from edge_steer.gguf_metadata import Value, read_gguf
+from edge_steer.gguf_tensors import TensorInfo
+from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME, BaseModel
+from edge_steer.steering_file import holds_steerings
 
 __all__ = ["ModelFile", "TensorInfo", "read_model"]
 
@@ -29,13 +31,14 @@ class ModelFile:
 
     metadata: scalars, strings and arrays of at most 4096 values (as lists), by key; the vocabulary is left out, and of
               an embedded steering all but its numbers.
-    tensors:  in the file's order. data_start: byte at which their data begin.
+    tensors:  in the file's order. tensors_start, data_start: bytes at which their descriptions and their data begin.
     tokenizer_sha256: of the length-prefixed tokens; None where the file has none.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    tensors_start: int
     data_start: int
     tokenizer_sha256: str | None
 
@@ -65,6 +68,11 @@ class ModelFile:
     def chat_template(self) -> str | None:
         template = self.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def embeds_steerings(self) -> bool:
+        """Whether steerings travel in its metadata."""
+        return holds_steerings(self.metadata)
 
     @property
     def base(self) -> BaseModel:
@@ -104,7 +112,7 @@ def read_model(path: str | Path) -> ModelFile:
             f"{path}: expected a model in one file, got part {number} of {parts}; "
             "join them with llama-gguf-split --merge"
         )
-    return ModelFile(path, metadata, head.tensors, head.data_start, head.sha256)
+    return ModelFile(path, metadata, head.tensors, head.tensors_start, head.data_start, head.sha256)
 
 
 def _small(value: Value) -> bool:

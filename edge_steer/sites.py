@@ -2,15 +2,14 @@
 
 A site is the output of a normalisation, scale included, or `layer_out`, the residual stream behind a block. llama.cpp
 names it in the compute graph, Hugging Face has it as a module, and a known set of weights reads a normalisation's
-output. This file is the one table of those names.
+output. `architectures.py` is the table of those names.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from edge_steer.errors import SteerError, shown
 
@@ -145,122 +144,6 @@ class Architecture:
         if not found:
             raise SteerError(f"expected one of {', '.join(suffixes)} in block {site.layer} to read {site}, found none")
         return found
-
-
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
-_FEED_FORWARD = (
-    "ffn_gate", "ffn_up",
-    "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps",
-    "ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp",
-)  # fmt: skip
-_OUTER = {"layer_out": SiteKind("l_out", "", ()), "output_norm": SiteKind("result_norm", "", ("output",))}
-_OUTER_UNKNOWN = {**_OUTER, "output_norm": SiteKind("result_norm", "", None)}
-
-
-def _pre_norm(name: str, *, known: bool = True) -> Architecture:
-    """Norm before attention and before the feed-forward network: Llama, Mistral, Qwen, Phi-3 and most others."""
-    return Architecture(
-        name,
-        {
-            "attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION if known else None),
-            "ffn_norm": SiteKind("ffn_norm", "post_attention_layernorm", _FEED_FORWARD if known else None),
-            **(_OUTER if known else _OUTER_UNKNOWN),
-        },
-    )
-
-
-def _sandwich_norm(name: str, *, known: bool = True) -> Architecture:
-    """Norms before and after both halves: Gemma-2, Gemma-3."""
-    return Architecture(
-        name,
-        {
-            "attn_norm": SiteKind("attn_norm", "input_layernorm", _ATTENTION if known else None),
-            "attn_post_norm": SiteKind("attn_post_norm", "post_attention_layernorm", ()),
-            "ffn_norm": SiteKind("ffn_norm", "pre_feedforward_layernorm", _FEED_FORWARD if known else None),
-            "ffn_post_norm": SiteKind("ffn_post_norm", "post_feedforward_layernorm", ()),
-            **(_OUTER if known else _OUTER_UNKNOWN),
-        },
-    )
-
-
-def _one_norm(name: str, module: str = "input_layernorm", **more: Any) -> Architecture:
-    """One norm that both halves read: Phi-2, Command-R, Falcon-7B."""
-    kinds = {"attn_norm": SiteKind("attn_norm", module, _ATTENTION + _FEED_FORWARD), **_OUTER}
-    return Architecture(name, kinds, layer_norm=True, **more)
-
-
-def _gpt_neox() -> Architecture:
-    return replace(
-        _pre_norm("gptneox"), layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", head="embed_out",
-        embedding="gpt_neox.embed_in", layer_norm=True,
-    )  # fmt: skip
-
-
-def _falcon(two_norms: bool = False) -> Architecture:
-    """Falcon-7B: one norm for both halves. Falcon-40B: `attn_norm_2`, from which its attention reads, beside it."""
-    one = _one_norm(
-        "falcon", layers="transformer.h", final_norm="transformer.ln_f", embedding="transformer.word_embeddings"
-    )
-    if not two_norms:
-        return one
-    kinds = {
-        "attn_norm": SiteKind("attn_norm", "ln_mlp", _FEED_FORWARD),
-        "attn_norm_2": SiteKind("attn_norm_2", "ln_attn", _ATTENTION),
-        **_OUTER,
-    }
-    return replace(one, kinds=kinds)
-
-
-_KNOWN = (
-    *map(_pre_norm, ("llama", "mistral3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "smollm3", "olmoe")),
-    replace(_pre_norm("gemma"), norm_plus_one=True, tied_only=True),
-    *map(_sandwich_norm, ("gemma2", "gemma3")),
-    _one_norm("phi2", final_norm="model.final_layernorm"),
-    _one_norm("command-r", tied_only=True),
-    _falcon(),
-    _gpt_neox(),
-)
-# Node names read off llama.cpp's model sources; which weights read them was not checked, so these only run live.
-_HOOK_ONLY_PRE_NORM = (
-    "apertus", "arcee", "baichuan", "bailingmoe", "bailingmoe2", "chatglm", "codeshell", "deci", "deepseek",
-    "deepseek2",
-    "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone-moe", "glm4", "gpt2", "granite", "granitemoe", "grovemoe",
-    "hunyuan-moe", "internlm2", "jais", "jais2", "llama4", "maincoder", "minicpm", "minicpm3", "minimax-m2", "mpt",
-    "nemotron", "olmo", "openelm", "orion", "pangu-embedded", "qwen", "refact", "smallthinker", "stablelm", "starcoder",
-    "starcoder2", "xverse",
-)  # fmt: skip
-_HOOK_ONLY_SANDWICH_NORM = ("afmoe", "gemma3n", "gemma4")
-
-ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture
-    for architecture in (
-        *_KNOWN,
-        *(_pre_norm(name, known=False) for name in _HOOK_ONLY_PRE_NORM),
-        *(_sandwich_norm(name, known=False) for name in _HOOK_ONLY_SANDWICH_NORM),
-    )
-}
-
-# Hugging Face `model_type` → GGUF `general.architecture`.
-MODEL_TYPES = {
-    "llama": "llama", "mistral": "llama", "mixtral": "llama", "smollm3": "smollm3",
-    "qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
-    "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3",
-    "phi3": "phi3", "phi": "phi2", "cohere": "command-r", "falcon": "falcon", "gpt_neox": "gptneox",
-}  # fmt: skip
-
-
-def architecture(name: str, tensors: Iterable[str] = ()) -> Architecture:
-    """The architecture called `name` in GGUF; `tensors` of the file tell variants apart (Falcon-40B).
-
-    Raises SteerError that lists the known ones.
-    """
-    if name == "falcon" and "blk.0.attn_norm_2.weight" in tensors:
-        return _falcon(two_norms=True)
-    try:
-        return ARCHITECTURES[name]
-    except KeyError:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise SteerError(f"the sites of architecture {shown(name)} are not known; known: {known}") from None
 
 
 def site_of_module(architecture: Architecture, module: str, block_count: int | None = None) -> Site | None:

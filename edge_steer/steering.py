@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,64 +20,11 @@ from numpy.typing import NDArray
 from edge_steer import steering_file
 from edge_steer.errors import FormatError, MismatchError, SteerError, shown
 from edge_steer.gguf_metadata import Value
+from edge_steer.operators import Operator, Plane
+from edge_steer.provenance import BaseModel, Made
 from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
-from edge_steer.sites import KINDS, Site
-
-Operator = Literal["selective", "standard", "adaptive", "ablation", "addition"]
-# local: each site its own plane. shared: one for all, made at one site. global: one for all, as published.
-Plane = Literal["local", "shared", "global"]
-OPERATORS: tuple[Operator, ...] = get_args(Operator)
-PLANES: tuple[Plane, ...] = get_args(Plane)
-# What no line of a terminal should be given, and what UTF-8 cannot hold.
-CONTROL_CHARACTERS = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-MAX_NAME = 256
-_FLOAT32 = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
-RANK = {"selective": 2, "standard": 2, "adaptive": 2, "ablation": 1, "addition": 1}
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The model a steering is for. `tokenizer_sha256` is None where it was not calibrated on a GGUF."""
-
-    architecture: str
-    name: str
-    block_count: int
-    embedding_length: int
-    tokenizer_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class Made:
-    """How a steering was made. `date` is ISO 8601, `version` that of edge-steer.
-
-    orthogonal_to: what was projected out of its directions.
-    candidates:    the choices of sites and planes that were measured, this one first, each with its dials at one
-                   divergence (candidate_min, candidate_max) and how far each moves the gap (candidate_negative,
-                   candidate_positive); NaN: not measured.
-    """
-
-    recorder: str = ""
-    model: str = ""
-    prompts_sha256: str = ""
-    version: str = ""
-    date: str = ""
-    positive_count: int = 0
-    negative_count: int = 0
-    orthogonal_to: tuple[str, ...] = ()
-    candidates: tuple[str, ...] = ()
-    candidate_min: tuple[float, ...] = ()
-    candidate_max: tuple[float, ...] = ()
-    candidate_negative: tuple[float, ...] = ()
-    candidate_positive: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("orthogonal_to", "candidates"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("candidate_min", "candidate_max", "candidate_negative", "candidate_positive"):
-            given = np.asarray(getattr(self, name), np.float32)  # as the file holds it
-            object.__setattr__(self, name, tuple(map(float, given)))
-            if len(given) != len(self.candidates):
-                raise FormatError(f"expected {name} for {len(self.candidates)} candidates, got {len(given)}")
+from edge_steer.sites import Site
+from edge_steer.steering_checks import BOOL, UINT32, check, frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,86 +63,21 @@ class Steering:
     made: Made = field(default_factory=Made)
 
     def __post_init__(self) -> None:
-        count = len(self.sites)
-        unmeasured = np.full(count, np.nan, np.float32)
-        set_ = object.__setattr__
-        set_(self, "sites", tuple(self.sites))
-        set_(self, "mask", self._frozen("mask", self.mask, np.bool_, "b", (0, 1)))
-        set_(self, "site_plane", self._frozen("site_plane", self.site_plane, np.uint32, "iu", (0, 2**32 - 1)))
-        set_(self, "basis", self._frozen("basis", self.basis, np.float32))
+        unmeasured = np.full(len(self.sites), np.nan, np.float32)
+        parts: dict[str, Any] = {
+            "sites": tuple(self.sites),
+            "mask": frozen(self, "mask", np.bool_, self.mask, "b", BOOL),
+            "site_plane": frozen(self, "site_plane", np.uint32, self.site_plane, "iu", UINT32),
+            "basis": frozen(self, "basis", np.float32, self.basis),
+        }
         for name in ("separation", "mean_norm"):
             given = getattr(self, name)
-            set_(self, name, self._frozen(name, given if len(given) else unmeasured, np.float32))
+            parts[name] = frozen(self, name, np.float32, given if len(given) else unmeasured)
         for name in ("threshold", "angle", "angle_min", "angle_max"):
-            set_(self, name, float(self._frozen(name, getattr(self, name), np.float32)))
-        self._check(count)
-
-    def _frozen(
-        self, name: str, given: Any, dtype: Any, kinds: str = "fiu", span: tuple[float, float] = _FLOAT32
-    ) -> NDArray[Any]:
-        """A read-only copy of `given`. Refuses what `dtype` would silently make something else of; NaN may pass."""
-        array = np.asarray(given)
-        fits = array.size == 0 or (array.dtype.kind in kinds and not ((array < span[0]) | (array > span[1])).any())
-        self._demand(fits, f"{name} of {np.dtype(dtype)} from {span[0]:g} to {span[1]:g}", f"{array.dtype} beyond that")
-        copy = np.array(array, dtype=dtype)
-        copy.flags.writeable = False
-        return copy
-
-    def _demand(self, truth: bool, expected: str, got: object) -> None:
-        if not truth:
-            raise FormatError(f"steering {shown(self.name)}: expected {expected}, got {got}")
-
-    def _check(self, count: int) -> None:
-        demand = self._demand
-        for name, text in self._texts():
-            found = re.search(CONTROL_CHARACTERS, text.replace("\n", "") if name == "description" else text)
-            demand(found is None, f"{name} without control characters", shown(text))
-        demand(0 < len(self.name) <= MAX_NAME, f"a name of 1 to {MAX_NAME} characters", f"{len(self.name)}")
-        demand(bool(self.base.architecture), "the architecture it is for", "none")
-        for name in ("architecture", "name"):
-            length = len(getattr(self.base, name))
-            demand(length <= MAX_NAME, f"base.{name} of at most {MAX_NAME} characters", length)
-        for owner, names in ((self.base, ("block_count", "embedding_length")),
-                             (self.made, ("positive_count", "negative_count"))):  # fmt: skip
-            for name in names:
-                number = getattr(owner, name)
-                demand(0 <= number < 2**32, f"{name} from 0 to 2^32 - 1", number)
-        demand(self.operator in OPERATORS, f"an operator among {', '.join(OPERATORS)}", shown(self.operator))
-        demand(self.plane in PLANES, f"a plane among {', '.join(PLANES)}", shown(self.plane))
-        demand(count > 0, "at least one site", "none")
-        for site in self.sites:
-            demand(site.kind in KINDS and site.layer >= 0, f"sites of kinds {', '.join(KINDS)}", site)
-        demand(len(set(self.sites)) == count, "every site once", "a site twice")
-        demand(list(self.sites) == sorted(self.sites), "sites in network order", "another order")
-        for name in ("mask", "site_plane", "separation", "mean_norm"):
-            shape = getattr(self, name).shape
-            demand(shape == (count,), f"{name} of one value per site ({count})", f"shape {shape}")
-        demand(self.basis.ndim == 3, "basis of planes × rank × width", f"shape {self.basis.shape}")
-        planes, rank, width = self.basis.shape
-        demand(rank == RANK[self.operator], f"rank {RANK[self.operator]} for {self.operator}", rank)
-        demand(width == self.base.embedding_length, f"basis vectors of width {self.base.embedding_length}", width)
-        demand(planes > 0, "at least one plane", planes)
-        demand(int(self.site_plane.max()) < planes, f"plane numbers below {planes}", int(self.site_plane.max()))
-        last = max(site.layer for site in self.sites)
-        demand(last < self.base.block_count, f"sites in blocks below {self.base.block_count}", f"block {last}")
-        demand(bool(np.isfinite(self.basis).all()), "a finite basis", "NaN or infinity")
-        gram = np.einsum("prd,pqd->prq", self.basis.astype(np.float64), self.basis.astype(np.float64))
-        error = float(np.abs(gram - np.eye(rank)).max())
-        demand(error < 1e-4, "orthonormal planes", f"planes that miss it by {error:.2g}")
-        demand(not (self.angle_min > 0 or self.angle_max < 0), "a safe range around 0",
-               f"{self.angle_min} … {self.angle_max}")  # fmt: skip
-        demand(not bool((self.mean_norm < 0).any()), "mean norms that are not negative", "a negative one")
-        if self.operator == "adaptive":
-            demand(not math.isnan(self.threshold), "a threshold for adaptive", "NaN")
-        if self.operator == "addition":
-            norms = self.mean_norm[self.mask]
-            demand(bool(np.isfinite(norms).all()), "a mean norm at every steered site for addition", "NaN")
-
-    def _texts(self) -> list[tuple[str, str]]:
-        owners = (("", self), ("base.", self.base), ("made.", self.made))
-        found = [(prefix + part.name, getattr(owner, part.name)) for prefix, owner in owners for part in fields(owner)]
-        several = [(name, each) for name, value in found if isinstance(value, tuple) for each in value]
-        return [(name, value) for name, value in [*found, *several] if isinstance(value, str)]
+            parts[name] = float(frozen(self, name, np.float32, getattr(self, name)))
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+        check(self)
 
     # --- what it does -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ A steering passes through here as plain fields: those of the Steering dataclass 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from edge_steer.gguf_metadata import Value, read_gguf
 from edge_steer.whole_file import whole_file
 
 VERSION = 1
+_VERSION_KEY = "steering.version"
 ARCHITECTURE = "edge-steer"
 
 Fields = dict[str, Any]
@@ -67,11 +68,11 @@ def read(path: Path) -> list[Fields]:
     be read.
     """
     values = read_gguf(path, lambda key: key.startswith("steering.")).values
-    if "steering.version" not in values:
+    if not holds_steerings(values):
         raise FormatError(f"{path}: holds no steering; give a file made by `edge-steer calibrate`")
-    version = _typed(path, values, "steering.version", _U32)
+    version = _typed(path, values, _VERSION_KEY, _U32)
     if version != VERSION:
-        raise FormatError(f"{path}: expected steering.version {VERSION}, got {version}; update edge-steer")
+        raise FormatError(f"{path}: expected {_VERSION_KEY} {VERSION}, got {version}; update edge-steer")
     count = _typed(path, values, "steering.count", _U32)
     if count == 0:
         raise FormatError(f"{path}: expected steering.count of at least 1, got 0")
@@ -85,6 +86,11 @@ def read(path: Path) -> list[Fields]:
         own = _section(path, values, f"{prefix}made.", _MADE)
         steerings.append({**fields, "base": base, "made": own or made})
     return steerings
+
+
+def holds_steerings(keys: Container[str]) -> bool:
+    """Whether a GGUF with these keys holds steerings: a steering file, or a model that embeds some."""
+    return _VERSION_KEY in keys
 
 
 def _describe(kind: Kind) -> str:
@@ -147,7 +153,7 @@ def metadata(steerings: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
             sections.append((f"steering.{number}.made.", _MADE, steering["made"]))
     sections += [("steering.base.", _BASE, base), ("steering.made.", _MADE, made)]
     return {
-        "steering.version": Value(_U32[0], VERSION),
+        _VERSION_KEY: Value(_U32[0], VERSION),
         "steering.count": Value(_U32[0], len(steerings)),
         **{
             prefix + name: Value(kind, fields[name], item)

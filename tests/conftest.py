@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from edge_steer import SteerError, registry
+from edge_steer import SteerError
+from edge_steer.fetch import resolve
 
 
 def _fetched(name: str) -> Path:
     try:
-        return registry.resolve(name, fetch=True)
+        return resolve(name, fetch=True)
     except SteerError as error:
         pytest.skip(f"cannot test on the real model {name}: {error}")
 

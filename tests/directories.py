@@ -14,7 +14,9 @@ import tiny
 from gguf import GGUFReader, ReaderTensor, dequantize
 from safetensors.torch import load_file, save_file
 
-from edge_steer.converters.convert import Source, baking, read, write
+from edge_steer.converters.baking import baking
+from edge_steer.converters.source import Source, read
+from edge_steer.converters.write import write
 from edge_steer.steering import Steering
 
 TOKENS = [256, *range(30, 90)]

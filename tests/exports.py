@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 from planted import random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.evaluate.metrics import log_softmax
 from edge_steer.model_file import read_model
+from edge_steer.operators import Operator
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
-from edge_steer.steering import Operator, Steering
+from edge_steer.steering import Steering
 
 TOKENS = [256, *range(40, 90)]
 EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from edge_steer.operators import RANK, Operator
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site
-from edge_steer.steering import RANK, BaseModel, Operator, Steering
+from edge_steer.steering import Steering
 
 
 def random_steering(

@@ -20,10 +20,10 @@ pytest.importorskip("transformers")
 
 import tiny
 
+from edge_steer.architectures import architecture
 from edge_steer.model_file import read_model
 from edge_steer.runtime.engines import EngineName
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
 from edge_steer.steering import Steering
 
 HEAD = list(range(30, 60))  # what a chat template repeats

@@ -14,11 +14,12 @@ from edge_steer._version import __version__
 from edge_steer.calibrate import calibrate as calibrate_some
 from edge_steer.calibrate import chosen_sites, passes
 from edge_steer.calibrate.sums import ClassSums, Step
-from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import SteerError
+from edge_steer.prompts import Prompt, PromptSet
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import TurnBy
 from edge_steer.sites import Site
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.steering import Steering
 
 D, BLOCKS = 24, 4
 SITES = tuple(Site(layer, kind) for layer in range(BLOCKS) for kind in ("attn_norm", "ffn_norm"))

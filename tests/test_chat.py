@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import tiny
 
-from edge_steer.contrast import ChatTemplate
+from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
 from edge_steer.runtime.chat import Answer, Chat, Sampling, stream_answer
 from edge_steer.runtime.hooked_llama import Message

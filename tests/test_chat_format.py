@@ -12,7 +12,7 @@ import tiny
 
 from edge_steer import chat_format
 from edge_steer.chat_format import builtin_names
-from edge_steer.contrast import ChatTemplate
+from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
 from edge_steer.runtime.llama import SteeredLlama
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate, Prompt
+from edge_steer.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from edge_steer.errors import SteerError
+from edge_steer.prompts import Prompt
 
 GEMMA_LIKE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"

@@ -23,9 +23,10 @@ from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.planes import MASKS
 from edge_steer.cli import calibrate as calibrate_verb
 from edge_steer.cli import main as main_module
-from edge_steer.contrast import prompt_set
+from edge_steer.operators import OPERATORS, PLANES
+from edge_steer.prompt_files import prompt_set
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.steering import OPERATORS, PLANES, Steering, save_all
+from edge_steer.steering import Steering, save_all
 
 QUICK = ["--ctx", 256, "--max-tokens", 8, *ONE_THREAD]
 

@@ -31,12 +31,14 @@ from directories import (
 from planted import DIAL, random_steering
 from safetensors.torch import load_file, save_file
 
+from edge_steer.architectures import architecture
 from edge_steer.cli.main import main
-from edge_steer.converters.convert import read, write
+from edge_steer.converters.source import read
+from edge_steer.converters.write import write
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
-from edge_steer.sites import architecture
-from edge_steer.steering import Operator, Steering
+from edge_steer.operators import Operator
+from edge_steer.steering import Steering
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def without(name: str) -> Callable[[Path], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no config": (without("config.json"), r"config\.json: no such file"),
+    "no config": (without("config.json"), r"a Hugging Face directory with config\.json"),
     "config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "expected JSON"),
     "config that is a list": (lambda d: (d / "config.json").write_text("[]"), "expected a JSON object"),
     "config without model_type": (config(lambda c: c.pop("model_type")), "model_type, got None"),
@@ -181,7 +183,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing weight": (
         weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), r"expected a weight for blk\.1\.ffn_up"
     ),
-    "integers": (weights(lambda w: w.update({"model.norm.weight": w["model.norm.weight"].int()})), "got I32"),
+    "integers": (weights(lambda w: w.update({"model.norm.weight": w["model.norm.weight"].int()})), "got 'I32'"),
     "a weight too many": (
         weights(lambda w: w.update({"model.layers.1.self_attn.sink": w["model.norm.weight"].clone()})), "no place"
     ),

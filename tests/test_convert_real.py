@@ -22,9 +22,9 @@ from directories import (  # noqa: E402
     values,
 )
 
-from edge_steer.contrast import neutral_passages  # noqa: E402
 from edge_steer.converters.same_tokens import TEXT  # noqa: E402
 from edge_steer.gguf_metadata import read_gguf  # noqa: E402
+from edge_steer.preset import neutral_passages  # noqa: E402
 
 WINDOW = 128  # so that a vocabulary's logits fit into memory
 VOCABULARY = ("model", "tokens", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from edge_steer import FormatError, Steering
+from edge_steer.architectures import ARCHITECTURES, MODEL_TYPES
 from edge_steer.cli.main import VERBS, main
-from edge_steer.converters.convert import FAMILIES
+from edge_steer.converters.source import FAMILIES
 from edge_steer.gguf_metadata import Value, read_gguf
-from edge_steer.sites import ARCHITECTURES, MODEL_TYPES, Site
-from edge_steer.steering import BaseModel, Made, metadata, save_all
+from edge_steer.provenance import BaseModel, Made
+from edge_steer.sites import Site
+from edge_steer.steering import metadata, save_all
 from edge_steer.steering_file import add_metadata
 
 ROOT = Path(__file__).parent.parent

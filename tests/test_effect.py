@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from edge_steer.contrast import load_preset
 from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
 from edge_steer.evaluate.dial import TARGET, Divergence
 from edge_steer.evaluate.metrics import probe_gaps
+from edge_steer.preset import load_preset
 from edge_steer.runtime.llama import SteeredLlama
 
 

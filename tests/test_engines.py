@@ -14,11 +14,12 @@ pytest.importorskip("transformers")
 
 import tiny
 
+from edge_steer.architectures import architecture
 from edge_steer.converters.quantize import quantize_file
 from edge_steer.model_file import read_model
+from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
-from edge_steer.steering import OPERATORS, Operator, Steering
+from edge_steer.steering import Steering
 
 TOKENS = [256, *range(40, 100)]
 EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}

@@ -11,9 +11,10 @@ from planted import random_steering
 from edge_steer.errors import SteerError
 from edge_steer.export.factors import action_core, stack_at, stack_of
 from edge_steer.export.folding import Reads
+from edge_steer.operators import Operator
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import Ablate, Add, TurnBy, TurnTo
 from edge_steer.sites import Site
-from edge_steer.steering import BaseModel, Operator
 
 BASE = BaseModel("llama", "m", 3, 48)
 SITES = [Site(layer, kind) for layer in range(3) for kind in ("attn_norm", "ffn_norm")]

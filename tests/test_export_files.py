@@ -13,11 +13,12 @@ from exports import EXACT, TOKENS, assert_same, hook_logits, plain_logits, steer
 from edge_steer.cli.main import main
 from edge_steer.errors import SteerError
 from edge_steer.export.control_vector import control_vector
-from edge_steer.export.embedded import embed, embedded_steerings
+from edge_steer.export.embedded import embed
 from edge_steer.export.gguf_bytes import map_model
 from edge_steer.gguf_metadata import read_gguf
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.steering import Steering
 
 __all__ = ["tinies"]
 
@@ -57,7 +58,8 @@ def test_a_model_that_embeds_a_steering_runs_everywhere(tinies: dict[str, Any], 
     assert new.metadata == {**old.metadata, **{key: new.metadata[key] for key in new.metadata if "steering." in key}}
     assert bytes(map_model(new).keys[: len(map_model(old).keys)]) == bytes(map_model(old).keys)
 
-    found = embedded_steerings(out)
+    assert new.embeds_steerings
+    found = Steering.load_all(out)
     assert [(each.name, each.default_dial()) for each in found] == [("a", 40.0), ("b", 1.0)]
     assert found[0].base == old.base
     assert found[0].fingerprint == one.fingerprint
@@ -69,7 +71,7 @@ def test_a_model_that_embeds_a_steering_runs_everywhere(tinies: dict[str, Any], 
 
 
 def test_a_plain_model_embeds_nothing(tinies: dict[str, Any]) -> None:
-    assert embedded_steerings(tinies["llama"].gguf_path) == []
+    assert not read_model(tinies["llama"].gguf_path).embeds_steerings
 
 
 def test_the_verb_writes_every_target(tinies: dict[str, Any], tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gguf
 import pytest
 
+from edge_steer.architectures import MODEL_TYPES, architecture, architecture_of
+from edge_steer.errors import SteerError
 from edge_steer.export.readers import _HF_MODULES, gguf_name
-from edge_steer.sites import MODEL_TYPES, architecture
 
 KNOWN = sorted(set(MODEL_TYPES.values()))
 # What gguf-py takes only after its converters have stacked the experts.
@@ -50,3 +51,25 @@ def test_names_outside_the_table() -> None:
         assert gguf_name(gemma3, f"{prefix}layers.0.self_attn.k_proj.weight") == "blk.0.attn_k.weight"
     assert gguf_name(gemma3, "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.weight") is None
     assert gguf_name(neox, "gpt_neox.layers.1.attention.query_key_value.weight") == "blk.1.attn_qkv.weight"
+
+
+@pytest.mark.parametrize(
+    "second",
+    ["blk.0.attn_norm_2.weight", "transformer.h.0.ln_attn.weight", "transformer.h.0.ln_attn"],
+    ids=["GGUF", "checkpoint", "modules"],
+)
+def test_a_second_norm_tells_falcon_40b_from_falcon_7b(second: str) -> None:
+    """They are of one name in GGUF and of one model_type."""
+    small, large = (architecture_of({"model_type": "falcon"}, tensors) for tensors in ([], ["other", second]))
+    assert small == architecture("falcon")
+    assert large == architecture("falcon", [second])
+    assert small.attention_norm == "attn_norm"
+    assert large.attention_norm == "attn_norm_2"
+    assert gguf_name(large, "transformer.h.3.ln_attn.weight") == "blk.3.attn_norm_2.weight"
+
+
+def test_a_model_is_known_by_its_own_type_or_its_text_half_s() -> None:
+    assert architecture_of({"model_type": "llava", "text_config": {"model_type": "llama"}}).name == "llama"
+    for config in ({}, {"model_type": "mamba"}, {"model_type": None, "text_config": None}, {"model_type": ["llama"]}):
+        with pytest.raises(SteerError, match=r"here: expected a model_type among .*llama.*, got"):
+            architecture_of(config, where="here")

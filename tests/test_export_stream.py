@@ -11,6 +11,7 @@ import pytest
 from exports import TOKENS, assert_same, hook_logits, plain_logits, steering_for, tinies
 from planted import random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import SteerError
 from edge_steer.export.baked import bake_gguf
 from edge_steer.export.changes import Changes
@@ -20,9 +21,10 @@ from edge_steer.export.lora import export_adapter, export_pair
 from edge_steer.export.lora_notes import scales
 from edge_steer.export.peft import export_peft
 from edge_steer.model_file import read_model
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import TurnBy
-from edge_steer.sites import Site, architecture
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.sites import Site
+from edge_steer.steering import Steering
 
 __all__ = ["tinies"]
 

@@ -20,9 +20,9 @@ from edge_steer.export.factors import stack_at
 from edge_steer.export.folding import Reads, fold_gguf
 from edge_steer.export.gguf_bytes import map_model
 from edge_steer.export.hf import bake_hf
-from edge_steer.export.hf_weights import from_float32, to_float32
 from edge_steer.model_file import ModelFile, read_model
 from edge_steer.rotation import TurnBy
+from edge_steer.safetensors_file import from_float32, to_float32
 from edge_steer.sites import Site
 
 FAMILIES = ["gemma2", "gemma3", "llama", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3"]

@@ -16,12 +16,13 @@ pytest.importorskip("torch")
 import numpy as np
 import torch
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import FormatError, SteerError
 from edge_steer.importing.archive import check_archive
 from edge_steer.importing.published import import_published
 from edge_steer.importing.target import Target
-from edge_steer.sites import architecture
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.provenance import BaseModel
+from edge_steer.steering import Steering
 
 WIDTH, LAYERS = 8, 2
 TARGET = Target(BaseModel("llama", "m", LAYERS, WIDTH), architecture("llama"))

@@ -18,12 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_gguf import ARRAY, BOOL, F32, STRING, U8, U32, U64, array, entry, head, tensor, text
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import FormatError, SteerError
 from edge_steer.importing.control_vector import import_control_vector
 from edge_steer.importing.target import Target, read_target
 from edge_steer.model_file import read_model
-from edge_steer.sites import Site, architecture
-from edge_steer.steering import BaseModel, Steering, metadata, save_all
+from edge_steer.provenance import BaseModel
+from edge_steer.sites import Site
+from edge_steer.steering import Steering, metadata, save_all
 
 LONGEST = 1000  # characters of a message beside the path; one names every known architecture
 Read = Callable[[Path], object]

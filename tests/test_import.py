@@ -23,12 +23,13 @@ import tiny
 import torch
 from exports import TOKENS, assert_same, hook_logits, plain_logits
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import FormatError, MismatchError, NoEffectError, SteerError
 from edge_steer.export.control_vector import control_vector
 from edge_steer.importing import import_steering
 from edge_steer.model_file import read_model
 from edge_steer.rotation import orthonormal
-from edge_steer.sites import Site, architecture
+from edge_steer.sites import Site
 from edge_steer.steering import Steering
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "reference"

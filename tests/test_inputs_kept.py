@@ -14,7 +14,8 @@ from command import ONE_THREAD, process, run, steering_for
 pytest.importorskip("torch")
 import tiny
 
-from edge_steer.contrast import Prompt, PromptSet, read_prompts
+from edge_steer.prompt_files import read_prompts
+from edge_steer.prompts import Prompt, PromptSet
 from edge_steer.whole_file import whole_file
 
 

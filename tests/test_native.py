@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from planted import DIAL, random_steering
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import SteerError
+from edge_steer.operators import OPERATORS, Operator
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import TurnBy
 from edge_steer.runtime.hook import Hook
-from edge_steer.sites import Site, architecture
-from edge_steer.steering import OPERATORS, BaseModel, Operator, Steering
+from edge_steer.sites import Site
+from edge_steer.steering import Steering
 
 WIDTH = 96
 SITES = (Site(0, "attn_norm"), Site(0, "ffn_norm"), Site(1, "attn_norm"))

@@ -18,12 +18,12 @@ pytest.importorskip("transformers")
 import tiny
 
 from edge_steer import SteerError
+from edge_steer.architectures import architecture
 from edge_steer.model_file import read_model
 from edge_steer.runtime import hooked_llama as seam
 from edge_steer.runtime import native
 from edge_steer.runtime.hook import _STATUS, Hook
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import architecture
 from edge_steer.steering import Steering
 
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 768}

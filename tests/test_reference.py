@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_steer.architectures import ARCHITECTURES
 from edge_steer.calibrate.planes import best_direction, global_plane
-from edge_steer.sites import ARCHITECTURES, Site, site_of_module
+from edge_steer.sites import Site, site_of_module
 
 torch = pytest.importorskip("torch")
 

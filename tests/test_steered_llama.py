@@ -19,10 +19,11 @@ pytest.importorskip("transformers")
 import tiny
 
 from edge_steer import MismatchError, NoEffectError, SteerError
+from edge_steer.architectures import architecture
 from edge_steer.model_file import read_model
 from edge_steer.runtime import llama as seam
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import Architecture, Site, SiteKind, architecture
+from edge_steer.sites import Architecture, Site, SiteKind
 from edge_steer.steering import Steering
 
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}

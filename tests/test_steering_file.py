@@ -16,8 +16,10 @@ import pytest
 from edge_steer import FormatError, SteerError, Steering
 from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import read_model
+from edge_steer.operators import OPERATORS, RANK
+from edge_steer.provenance import BaseModel, Made
 from edge_steer.sites import Site
-from edge_steer.steering import OPERATORS, RANK, BaseModel, Made, metadata, save_all
+from edge_steer.steering import metadata, save_all
 from edge_steer.steering_file import add_metadata
 
 T = gguf.GGUFValueType

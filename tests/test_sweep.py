@@ -16,7 +16,6 @@ import tiny
 from command import steering_for
 
 from edge_steer import SteerError
-from edge_steer.contrast import Probe, Prompt, PromptSet
 from edge_steer.evaluate.budget import Budget
 from edge_steer.evaluate.capability import Question, option_scores
 from edge_steer.evaluate.figures import Figures
@@ -27,8 +26,10 @@ from edge_steer.evaluate.parts import Bench
 from edge_steer.evaluate.search import QUICK, Effort
 from edge_steer.evaluate.sweep import Curve, Sweep, settings, with_range
 from edge_steer.evaluate.sweep_files import write_csv, write_json
+from edge_steer.prompts import Probe, Prompt, PromptSet
+from edge_steer.provenance import Made
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.steering import Made, Steering
+from edge_steer.steering import Steering
 
 RUN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 # A random model is no good at anything: it has a range at all with limits of its own.
@@ -202,7 +203,7 @@ def test_tables_hold_every_position_and_say_which_are_safe(model: Path, tmp_path
 
 
 def test_a_preset_is_known_by_the_prompts_that_a_steering_was_calibrated_on(model: Path) -> None:
-    from edge_steer.contrast import load_preset
+    from edge_steer.preset import load_preset
 
     preset = load_preset("warmth")
     for used in (preset, preset.first(7)):

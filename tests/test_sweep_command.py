@@ -17,9 +17,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 import tiny
 
-from edge_steer.contrast import load_preset
 from edge_steer.export.embedded import embed
-from edge_steer.steering import Made, Steering, save_all
+from edge_steer.preset import load_preset
+from edge_steer.provenance import Made
+from edge_steer.steering import Steering, save_all
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = ("effect-damage.png", "by-angle.png", "layers.png")

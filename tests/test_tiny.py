@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
+from edge_steer.provenance import BaseModel  # noqa: E402
 from edge_steer.sites import Site  # noqa: E402
-from edge_steer.steering import BaseModel, Steering  # noqa: E402
+from edge_steer.steering import Steering  # noqa: E402
 
 TEXT = "The other painter thinks: 'In 1999 the rain fell on Anne's hat, then stopped.'"
 

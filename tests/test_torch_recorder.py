@@ -13,11 +13,12 @@ transformers = pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
+from edge_steer.architectures import MODEL_TYPES, architecture  # noqa: E402
 from edge_steer.calibrate import ClassSums, calibrate  # noqa: E402
 from edge_steer.calibrate.torch_recorder import TorchRecorder  # noqa: E402
-from edge_steer.contrast import Prompt, PromptSet  # noqa: E402
 from edge_steer.errors import SteerError  # noqa: E402
-from edge_steer.sites import MODEL_TYPES, PRE_KINDS, architecture  # noqa: E402
+from edge_steer.prompts import Prompt, PromptSet  # noqa: E402
+from edge_steer.sites import PRE_KINDS  # noqa: E402
 
 WORDS = ["sun", "a quiet garden path", "no", "rain over the hills since the morning", "tea", "the end of a long story"]
 PROMPTS = [Prompt(word) for word in WORDS] + [Prompt("how?", system="Be brief."), Prompt("and?", prefix="Well, ")]

@@ -21,14 +21,14 @@ import torch
 import transformers
 from exports import TOKENS, steering_for, tinies
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.evaluate import engine_runs
 from edge_steer.evaluate import verify as verify_module
 from edge_steer.evaluate.verify import TOLERANCES, Verification, distance, verify
 from edge_steer.model_file import read_model
+from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime.torch_hooks import steered
-from edge_steer.sites import architecture
-from edge_steer.steering import OPERATORS, Operator
 
 __all__ = ["tinies"]
 

@@ -22,7 +22,8 @@ import transformers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from edge_steer.sites import MODEL_TYPES, architecture, site_of_module
+from edge_steer.architectures import MODEL_TYPES, architecture
+from edge_steer.sites import site_of_module
 from edge_steer.steering import Steering
 
 # Matrices this small are slower on several threads than on one.

@@ -12,7 +12,8 @@ from timing.rounds import Row
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.calibrate.sums import Recorder
 from edge_steer.calibrate.torch_recorder import TorchRecorder
-from edge_steer.contrast import Prompt, load_preset, preset_names
+from edge_steer.preset import load_preset, preset_names
+from edge_steer.prompts import Prompt
 
 METRICS = {"prompt": "prompts/s"}
 PROMPTS = 50  # a round

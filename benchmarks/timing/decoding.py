@@ -22,6 +22,7 @@ from llama_cpp import Llama
 from numpy.typing import NDArray
 from timing.rounds import Row
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import NoEffectError
 from edge_steer.export.baked import bake_gguf
 from edge_steer.model_file import ModelFile, read_model
@@ -29,7 +30,7 @@ from edge_steer.rotation import Action, TurnBy, orthonormal
 from edge_steer.runtime.engines import LoraEngine
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import Site, architecture
+from edge_steer.sites import Site
 from edge_steer.steering import Steering
 
 PROMPT, GENERATED = 512, 64

@@ -16,8 +16,9 @@ from timing.decoding import ANGLE, PROMPT
 from timing.rounds import Row
 from timing.shapes import Shape
 
+from edge_steer.architectures import architecture
 from edge_steer.rotation import cos_sin
-from edge_steer.sites import Site, architecture, site_of_module
+from edge_steer.sites import Site, site_of_module
 from edge_steer.steering import Steering
 
 transformers.utils.logging.disable_progress_bar()

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
+from edge_steer.architectures import ARCHITECTURES
 from edge_steer.calibrate.directions import SMALLEST, axes_at, directions, sink_axis, without
 from edge_steer.calibrate.planes import (
     MASKS,
@@ -29,11 +30,13 @@ from edge_steer.calibrate.planes import (
 )
 from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.errors import SteerError
-from edge_steer.sites import ARCHITECTURES, OUTER_KINDS, Site
-from edge_steer.steering import OPERATORS, PLANES, RANK, Made, Operator, Plane, Steering
+from edge_steer.operators import OPERATORS, PLANES, RANK, Operator, Plane
+from edge_steer.provenance import Made
+from edge_steer.sites import OUTER_KINDS, Site
+from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
-    from edge_steer.contrast import Prompt, PromptSet
+    from edge_steer.prompts import Prompt, PromptSet
 
 __all__ = ["ClassSums", "Mask", "Recorder", "calibrate", "passes"]
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from edge_steer.architectures import architecture
 from edge_steer.calibrate.sums import KEPT, ClassSums, Float64
-from edge_steer.contrast import Prompt
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
+from edge_steer.prompts import Prompt
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.sites import OUTER_KINDS, architecture
+from edge_steer.sites import OUTER_KINDS
 
 
 class NativeRecorder:

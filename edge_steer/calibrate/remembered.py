@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_steer.calibrate.sums import ClassSums, Recorder, Step
-from edge_steer.contrast import Prompt
+from edge_steer.prompts import Prompt
 
 
 class Remembered:

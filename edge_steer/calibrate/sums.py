@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.provenance import BaseModel
 from edge_steer.sites import Site
-from edge_steer.steering import BaseModel
 
 if TYPE_CHECKING:
-    from edge_steer.contrast import Prompt
+    from edge_steer.prompts import Prompt
 
 Float64 = NDArray[np.float64]
 # Called with k after every k further prompts.

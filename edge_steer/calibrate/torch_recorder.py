@@ -15,11 +15,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.architectures import architecture_of
 from edge_steer.calibrate.sums import KEPT, ClassSums, Step
-from edge_steer.contrast import ChatTemplate, Prompt
+from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
-from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture, site_of_module
-from edge_steer.steering import BaseModel
+from edge_steer.prompts import Prompt
+from edge_steer.provenance import BaseModel
+from edge_steer.sites import Architecture, Site, site_of_module
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -75,12 +77,7 @@ class TorchRecorder:
         with _reading(source):
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         text = config.get_text_config()
-        model_type = next((each for each in (config.model_type, text.model_type) if each in MODEL_TYPES), None)
-        if model_type is None:
-            raise SteerError(
-                f"expected a model_type among {', '.join(sorted(MODEL_TYPES))}, got {config.model_type!r} in {source}; "
-                "calibrate on a GGUF of the model instead"
-            )
+        architecture_of(config.to_dict(), where=source)  # refuses an unknown model before it is loaded
         with _reading(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -88,9 +85,7 @@ class TorchRecorder:
             )
         model = model.to(chosen).eval()
         modules = dict(model.named_modules())
-        # Falcon-40B and Falcon-7B are one model_type; the GGUF name of the second norm tells them apart.
-        tensors = ["blk.0.attn_norm_2.weight"] if any(name.endswith(".0.ln_attn") for name in modules) else []
-        known = architecture(MODEL_TYPES[model_type], tensors)
+        known = architecture_of(config.to_dict(), modules, where=source)
         blocks, width = int(text.num_hidden_layers), int(text.hidden_size)
         wanted = known.sites(blocks, sites)
         return cls(

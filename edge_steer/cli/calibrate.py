@@ -11,9 +11,10 @@ from edge_steer.cli import options
 if TYPE_CHECKING:
     from edge_steer.calibrate import Mask
     from edge_steer.calibrate.torch_recorder import Device, DType
-    from edge_steer.contrast import PromptSet
     from edge_steer.evaluate.calibration import CalibrationEngine
-    from edge_steer.steering import Operator, Plane, Steering
+    from edge_steer.operators import Operator, Plane
+    from edge_steer.prompts import PromptSet
+    from edge_steer.steering import Steering
 
 
 # As in steering.py and calibrate/, which need numpy: `--help` does without.
@@ -123,8 +124,9 @@ def calibrate(
     edge-steer calibrate -m model.gguf --positive formal.txt --negative casual.txt -o formal.gguf
     """
     from edge_steer.cli.progress import bar
-    from edge_steer.contrast import load_preset, prompt_set
     from edge_steer.evaluate.calibration import Wishes, calibrated
+    from edge_steer.preset import load_preset
+    from edge_steer.prompt_files import prompt_set
 
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
@@ -167,7 +169,7 @@ def _layers(text: str | None) -> tuple[int, int] | None:
 
 def _axes(given: tuple[str, ...], preset: str | None) -> list[PromptSet | Steering] | None:
     """What is projected out: presets by name, steerings by file; None for what calibration finds best."""
-    from edge_steer.contrast import load_preset, preset_names
+    from edge_steer.preset import load_preset, preset_names
     from edge_steer.steering import Steering
 
     if not given:

@@ -48,7 +48,9 @@ def convert(
     from pathlib import Path
 
     from edge_steer.cli.progress import bar
-    from edge_steer.converters.convert import baking, read, write
+    from edge_steer.converters.baking import baking
+    from edge_steer.converters.source import read
+    from edge_steer.converters.write import write
     from edge_steer.errors import SteerError
     from edge_steer.runtime.dials import named_steerings, split_dial
 

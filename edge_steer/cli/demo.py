@@ -33,9 +33,9 @@ def demo(
     import textwrap
 
     from edge_steer.cli.progress import bar
-    from edge_steer.contrast import load_preset
     from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
     from edge_steer.evaluate.metrics import probe_gaps
+    from edge_steer.preset import load_preset
     from edge_steer.registry import cache_dir
     from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama

@@ -63,7 +63,7 @@ def export(
     edge-steer export -m model.gguf -s happy.gguf:8 --to gguf -o happy-model.gguf
     """
     from edge_steer.errors import SteerError
-    from edge_steer.registry import resolve
+    from edge_steer.fetch import resolve
 
     if steered_type is not None and to != "gguf":
         raise click.UsageError("--steered-type is for --to gguf")

@@ -44,7 +44,7 @@ def generate(
     """
     from functools import partial
 
-    from edge_steer.contrast import Prompt
+    from edge_steer.prompts import Prompt
     from edge_steer.runtime.chat import answered, silent
 
     asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)

@@ -30,8 +30,8 @@ def import_(source: str, model: str, output: str, name: str | None, force: bool)
     edge-steer import vector.gguf -m model.gguf -o vector.steer.gguf
     """
     from edge_steer.cli.progress import fetching
+    from edge_steer.fetch import resolve
     from edge_steer.importing import import_steering
-    from edge_steer.registry import resolve
 
     target = options.output_path(output, force, source, model)
     with fetching(model) as progress:

@@ -39,6 +39,8 @@ def models(context: click.Context, as_json: bool) -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def fetch(names: tuple[str, ...]) -> None:
     """Download models into the cache; prints each one's path."""
+    from edge_steer.fetch import fetch as fetch_model
+
     for name in names:
         with fetching(name) as progress:
-            click.echo(registry.fetch(name, progress))
+            click.echo(fetch_model(name, progress))

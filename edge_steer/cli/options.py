@@ -96,8 +96,8 @@ def run_parameters(
     """The path of a model, fetched if need be, and the parameters of SteeredLlama that the run options stand for."""
     from edge_steer.cli.progress import fetching
     from edge_steer.errors import SteerError
+    from edge_steer.fetch import resolve
     from edge_steer.model_file import read_model
-    from edge_steer.registry import resolve
 
     if rpc:
         from edge_steer.runtime.rpc import parse_endpoint
@@ -128,7 +128,8 @@ def _template(given: str) -> str:
     """The text of a template's file, or the name of one of llama.cpp's."""
     from pathlib import Path
 
-    from edge_steer.contrast import ChatTemplate, read_text
+    from edge_steer.chat_template import ChatTemplate
+    from edge_steer.prompt_files import read_text
 
     if Path(given).is_file():
         return read_text(Path(given))
@@ -165,7 +166,7 @@ def open_model(
         steerings, dials = named_steerings(steering, angle=angle, strength=strength)
     path, parameters = run_parameters(model, **run)
     if not steering:
-        embedded = [path] if "steering.count" in read_model(path).metadata else []
+        embedded = [path] if read_model(path).embeds_steerings else []
         if not embedded and (angle is not None or strength is not None):
             raise click.UsageError("--angle and --strength turn a steering; give one with -s FILE")
         steerings, dials = named_steerings(embedded, angle=angle, strength=strength)

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from edge_steer.contrast import PromptSet, load_preset, preset_names
+from edge_steer.preset import load_preset, preset_names
+from edge_steer.prompts import PromptSet
 
 EXAMPLES = 3
 COLUMNS = ("name", "positive", "negative", "pairs", "probes", "description")

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edge_steer.contrast import Probe, PromptSet
     from edge_steer.evaluate.budget import Budget
     from edge_steer.evaluate.figures import Figures
     from edge_steer.evaluate.sweep import Curve
+    from edge_steer.prompts import Probe, PromptSet
     from edge_steer.steering import Steering
 
 # Texts here are short; a longer context costs memory only.
@@ -83,7 +83,6 @@ def sweep(
     import time
     from pathlib import Path
 
-    from edge_steer.contrast import read_probes
     from edge_steer.errors import SteerError
     from edge_steer.evaluate.budget import Budget
     from edge_steer.evaluate.journal import Journal
@@ -93,6 +92,7 @@ def sweep(
     from edge_steer.evaluate.search import Effort
     from edge_steer.evaluate.sweep import Sweep, settings, with_range
     from edge_steer.gguf_metadata import read_gguf
+    from edge_steer.prompt_files import read_probes
     from edge_steer.steering import save_all
 
     begun = time.monotonic()
@@ -192,8 +192,9 @@ def _from_file(
     file: str, preset: str | None, positive: str | None, negative: str | None
 ) -> tuple[list[Steering], PromptSet | None, tuple[Probe, ...]]:
     """The steerings in a file, held-out prompts, and probes: those of the preset given, or calibrated on."""
-    from edge_steer.contrast import load_preset, prompt_set
     from edge_steer.evaluate.material import preset_of
+    from edge_steer.preset import load_preset
+    from edge_steer.prompt_files import prompt_set
     from edge_steer.steering import Steering
 
     steerings = Steering.load_all(file)
@@ -208,7 +209,8 @@ def _to_calibrate(
     """The prompts that methods are calibrated on, those held out, and probes."""
     from dataclasses import replace
 
-    from edge_steer.contrast import load_preset, prompt_set
+    from edge_steer.preset import load_preset
+    from edge_steer.prompt_files import prompt_set
 
     if (preset is None) == (positive is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")

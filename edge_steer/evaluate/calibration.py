@@ -11,14 +11,16 @@ from typing import Any, Protocol
 from edge_steer.calibrate import Mask, calibrate, passes
 from edge_steer.calibrate.remembered import Remembered
 from edge_steer.calibrate.sums import Recorder
-from edge_steer.contrast import PromptSet, load_preset
 from edge_steer.evaluate import choice
 from edge_steer.evaluate.dial import Divergence, dial_at, has_range, with_dials
 from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import probe_gaps
 from edge_steer.evaluate.model import MeasuredModel, TorchModel
 from edge_steer.export.progress import Progress, no_progress
-from edge_steer.steering import Operator, Plane, Steering
+from edge_steer.operators import Operator, Plane
+from edge_steer.preset import load_preset
+from edge_steer.prompts import PromptSet
+from edge_steer.steering import Steering
 
 # As long as any prompt or probe that is measured on; a recorded prompt may be longer.
 _MEASURED_CONTEXT = 1024

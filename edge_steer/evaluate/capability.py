@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.contrast import PRESETS
 from edge_steer.evaluate.metrics import chosen, log_softmax, plain_tokens, shared_prefix
+from edge_steer.preset import PRESETS
 from edge_steer.runtime.llama import SteeredLlama
 
 

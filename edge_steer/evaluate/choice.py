@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.architectures import architecture
 from edge_steer.calibrate import Mask, calibrate
 from edge_steer.calibrate.sums import Recorder, Step
-from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import SteerError
 from edge_steer.evaluate.dial import Dial, Divergence, dial_at, with_dials
 from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import log_softmax, probe_gaps
 from edge_steer.evaluate.model import MeasuredModel, turn
-from edge_steer.sites import Architecture, architecture
-from edge_steer.steering import Operator, Steering
+from edge_steer.operators import Operator
+from edge_steer.prompts import Prompt, PromptSet
+from edge_steer.sites import Architecture
+from edge_steer.steering import Steering
 
 PROBES = 8
 HELD_OUT = 8  # prompts a class, where there are no probes

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_steer.contrast import neutral_passages
 from edge_steer.errors import NoEffectError
 from edge_steer.evaluate.material import spread
 from edge_steer.evaluate.metrics import Expected, log_softmax, plain_tokens
 from edge_steer.evaluate.model import MeasuredModel, turn
+from edge_steer.preset import neutral_passages
 from edge_steer.steering import Steering
 
 # KL from unsteered on neutral text, nats per token, at the ends of a provisional range. A sweep allows 0.25, which is

@@ -17,11 +17,11 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.contrast import neutral_passages
 from edge_steer.errors import MismatchError
 from edge_steer.export.baked import bake_gguf
 from edge_steer.export.readers import Dialled
 from edge_steer.model_file import ModelFile
+from edge_steer.preset import neutral_passages
 from edge_steer.runtime.engines import EngineName
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.torch_hooks import steered

@@ -7,8 +7,8 @@ from typing import Any
 
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.sums import Recorder, Step
-from edge_steer.contrast import PromptSet
 from edge_steer.errors import SteerError
+from edge_steer.prompts import PromptSet
 from edge_steer.steering import Steering
 
 # What `calibrate` is asked for. `local` turns at the norms before attention, `stream` the residual stream; `global` is

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.contrast import Probe
 from edge_steer.errors import SteerError
 from edge_steer.evaluate.model import MeasuredModel
+from edge_steer.prompts import Probe
 
 # Next tokens of which a reference keeps the probability; the rest is kept as one. On neutral passages this took less
 # than a thousandth off the divergence (4,096 took half a hundredth), and it is 128 kB a token in place of a megabyte.

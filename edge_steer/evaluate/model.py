@@ -13,7 +13,7 @@ from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
     from edge_steer.calibrate.torch_recorder import TorchRecorder
-    from edge_steer.contrast import ChatTemplate
+    from edge_steer.chat_template import ChatTemplate
 
 
 class MeasuredModel(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_steer.evaluate.budget import Budget
 from edge_steer.evaluate.figures import Figures
-from edge_steer.steering import Operator
+from edge_steer.operators import Operator
 
 # How far beyond the budget curves are followed, so that a plot shows where they go.
 BEYOND = 4.0

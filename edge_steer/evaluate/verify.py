@@ -24,7 +24,7 @@ from edge_steer.export.gguf_bytes import map_model, size_of
 from edge_steer.export.halves import check_adapter
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
-from edge_steer.gguf_metadata import TensorInfo
+from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.model_file import ModelFile, read_model
 
 _LARGEST_F32 = 4 << 30  # bytes of steered weights beyond which they are not written out as F32

@@ -23,7 +23,7 @@ from edge_steer.export.folding import EMBEDDING, HEAD, fold_gguf
 from edge_steer.export.gguf_bytes import copy_bytes, head, map_model, retyped, size_of
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
-from edge_steer.gguf_metadata import TensorInfo
+from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.model_file import read_model
 from edge_steer.whole_file import whole_file
 

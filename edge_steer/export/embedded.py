@@ -10,9 +10,8 @@ from edge_steer.export.baked import check_not_source
 from edge_steer.export.gguf_bytes import copy_bytes, head, map_model
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled
-from edge_steer.gguf_metadata import read_gguf
 from edge_steer.model_file import read_model
-from edge_steer.steering import Steering, metadata
+from edge_steer.steering import metadata
 from edge_steer.whole_file import whole_file
 
 
@@ -32,7 +31,7 @@ def embed(
     model, out = read_model(model_path), Path(out)
     for steering, _ in steerings:
         steering.check_fits(model.base)
-    if embedded_steerings(model_path):
+    if model.embeds_steerings:
         raise SteerError(f"{model_path} embeds steerings already; give the model it was made from")
     check_not_source(model_path, out)
     fitted = [
@@ -46,13 +45,3 @@ def embed(
         copy_bytes(source.data[model.data_start :], file)
         step(1)
     return out
-
-
-def embedded_steerings(path: str | Path) -> list[Steering]:
-    """The steerings in the metadata of the model's GGUF `path`, in order; empty where it has none.
-
-    Raises FormatError where they are malformed, SteerError where the file cannot be read.
-    """
-    if "steering.version" not in read_gguf(Path(path), lambda key: False).values:
-        return []
-    return Steering.load_all(path)

@@ -22,11 +22,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import MismatchError, SteerError
 from edge_steer.export.factors import Actions, Factor, Floats, Stack, stack_at, stack_of
 from edge_steer.export.gguf_bytes import Mapped
 from edge_steer.export.readers import check_experts, readers_of, steered_readers
-from edge_steer.sites import Architecture, Site, architecture
+from edge_steer.sites import Architecture, Site
 from edge_steer.steering import Steering
 
 Float32s = NDArray[np.float32]
@@ -129,10 +130,7 @@ class Folding:
 
 
 def folding(
-    steerings: Sequence[Steering],
-    known: Architecture,
-    tensors: Collection[str],
-    norm: Callable[[str], Floats],
+    steerings: Sequence[Steering], known: Architecture, tensors: Collection[str], norm: Callable[[str], Floats]
 ) -> Folding:
     """How `steerings`, in order, are folded into a model with `tensors`. norm: a norm's weight (d,) by its GGUF name.
 

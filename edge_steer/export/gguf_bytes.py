@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from edge_steer import tensor_types
 from edge_steer.errors import FormatError
-from edge_steer.gguf_metadata import TensorInfo, Value, tensor_bytes
+from edge_steer.gguf_metadata import Value
+from edge_steer.gguf_tensors import TensorInfo, tensor_bytes
 from edge_steer.model_file import ModelFile
 
 Bytes = NDArray[np.uint8]
@@ -72,12 +73,10 @@ def map_model(model: ModelFile) -> Mapped:
     data = np.memmap(model.path, np.uint8, "r")
     _, version, _, key_count = _HEADER.unpack(data[: _HEADER.size].tobytes())
     alignment = int(model.metadata.get("general.alignment", _ALIGNMENT))
-    infos = np.frombuffer(_infos(model.tensors), np.uint8)
-    for padding in range(alignment):
-        start = model.data_start - padding - len(infos)
-        if start >= _HEADER.size and np.array_equal(data[start : start + len(infos)], infos):
-            return Mapped(model, data, version, key_count, data[_HEADER.size : start], alignment)
-    raise FormatError(f"{model.path}: expected its tensors' descriptions before byte {model.data_start}; read it again")
+    start, infos = model.tensors_start, np.frombuffer(_infos(model.tensors), np.uint8)
+    if not np.array_equal(data[start : start + len(infos)], infos):
+        raise FormatError(f"{model.path}: expected its tensors described at byte {start}, got others; read it again")
+    return Mapped(model, data, version, key_count, data[_HEADER.size : start], alignment)
 
 
 def head(source: Mapped, tensors: Sequence[TensorInfo], more: Mapping[str, Value] | None = None) -> bytes:

@@ -29,7 +29,8 @@ from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, check_linear, linear_actions
 from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import ModelFile, read_model
-from edge_steer.steering import RANK, Steering
+from edge_steer.operators import RANK
+from edge_steer.steering import Steering
 from edge_steer.whole_file import whole_file
 
 Float32s = NDArray[np.float32]

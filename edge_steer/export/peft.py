@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 from edge_steer.errors import SteerError
 from edge_steer.export.folding import EMBEDDING, HEAD
 from edge_steer.export.halves import check_adapter, core_at, halves
-from edge_steer.export.hf_weights import blocks_of, read_checkpoint, write_safetensors
+from edge_steer.export.hf_weights import read_checkpoint
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.export.whole_folder import whole_folder
+from edge_steer.safetensors_file import write_safetensors
 
 _OLD = "language_model.model."
 
@@ -50,7 +50,7 @@ def export_peft(
     tensors: dict[str, NDArray[np.float32]] = {}
     with whole_folder(out, source.folder, force=force) as part, progress("reading weights", len(modules)) as step:
         for module, (weight, name) in modules.items():
-            both = halves(name, folded.weights[name], partial(blocks_of, weight))
+            both = halves(name, folded.weights[name], weight.rows)
             stem = f"base_model.model.{module}"
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = both.a, both.lora_b(core)
             step(1)

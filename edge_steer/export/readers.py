@@ -36,7 +36,6 @@ _HF_MODULES = {
     "ffn_gate_shexp": ("mlp.shared_expert.gate_proj",),
     "ffn_up_shexp": ("mlp.shared_expert.up_proj",),
     "ffn_down_shexp": ("mlp.shared_expert.down_proj",),
-    "attn_norm_2": ("ln_attn",),  # tells Falcon-40B from Falcon-7B
 }
 # Around the blocks, by the architecture's own names for them.
 _OUTER = {"output_norm": "final_norm", "output": "head", "token_embd": "embedding"}

@@ -14,11 +14,14 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
+from edge_steer.architectures import ARCHITECTURES, MODEL_TYPES
 from edge_steer.errors import FormatError, NoEffectError, SteerError, shown
-from edge_steer.gguf_metadata import TensorInfo, read_gguf
+from edge_steer.gguf_metadata import read_gguf
+from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.importing.target import Target
-from edge_steer.sites import ARCHITECTURES, MODEL_TYPES, Site
-from edge_steer.steering import Made, Steering
+from edge_steer.provenance import Made
+from edge_steer.sites import Site
+from edge_steer.steering import Steering
 
 _TYPES = {int(GGMLQuantizationType.F32): "<f4", int(GGMLQuantizationType.F16): "<f2"}
 

@@ -21,9 +21,11 @@ from edge_steer.errors import FormatError, MismatchError, SteerError
 from edge_steer.importing.archive import check_archive
 from edge_steer.importing.target import Target
 from edge_steer.json_file import read_json
+from edge_steer.operators import Operator
+from edge_steer.provenance import CONTROL_CHARACTERS, Made
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site, site_of_module
-from edge_steer.steering import CONTROL_CHARACTERS, Made, Operator, Steering
+from edge_steer.steering import Steering
 
 _LARGEST = 1 << 30
 _MODES: tuple[Operator, ...] = ("selective", "standard", "adaptive")

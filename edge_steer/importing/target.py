@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import MismatchError
 from edge_steer.export.hf_weights import read_checkpoint
 from edge_steer.model_file import read_model
-from edge_steer.sites import Architecture, architecture
-from edge_steer.steering import BaseModel
+from edge_steer.provenance import BaseModel
+from edge_steer.sites import Architecture
 
 
 @dataclass(frozen=True)

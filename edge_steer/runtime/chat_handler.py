@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 
 from edge_steer.chat_format import BoundedChatFormatter
-from edge_steer.contrast import PLAIN_TEMPLATE
+from edge_steer.chat_template import PLAIN_TEMPLATE
 from edge_steer.errors import SteerError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import llama_cpp
 from llama_cpp import Llama
 
 from edge_steer import compatibility
-from edge_steer.contrast import ChatTemplate
+from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError, shown
 from edge_steer.model_file import ModelFile
 from edge_steer.runtime.chat_handler import is_jinja, make_chat_handler

@@ -14,6 +14,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.architectures import architecture
 from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
@@ -32,7 +33,6 @@ from edge_steer.runtime.hook import Record
 from edge_steer.runtime.hooked_llama import HookedLlama
 from edge_steer.runtime.measuring import read_logits, record_activations
 from edge_steer.runtime.rpc import check_servers
-from edge_steer.sites import architecture
 
 Actions = tuple[Action | None, ...]  # of the steerings, in their order; None is off
 
@@ -73,7 +73,7 @@ class SteeredLlama(HookedLlama):
         file = read_model(model_path)
         arch = architecture(file.architecture, (tensor.name for tensor in file.tensors))
         sites = arch.sites(file.block_count, ",".join(arch.kinds))
-        embedded = model_path if "steering.count" in file.metadata else ()
+        embedded = model_path if file.embeds_steerings else ()
         self.steerings = load_steerings(embedded if steering is None else steering)
         for each in self.steerings:
             if warning := each.check_fits(file.base):

@@ -7,6 +7,7 @@ The protocol knows no passwords and no encryption: for networks of one's own onl
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import socket
@@ -114,10 +115,20 @@ def check_servers(servers: Sequence[str]) -> None:
         with connection, suppress(OSError):
             server = wanted.get(connection.getpeername()[:2])
             if server is not None and _is_closed(connection):
+                if not _told_lost:
+                    atexit.register(_leave)
                 _told_lost = True
                 raise SteerError(
                     f"RPC server {server} was lost, and the model's layers with it; start it again, then this program"
                 )
+
+
+def _leave() -> None:
+    """End the process before Python frees the model: ggml would ask the lost server to, and abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(1)
 
 
 def _connections() -> Iterator[socket.socket]:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.errors import NoEffectError, SteerError
+from edge_steer.architectures import architecture_of
+from edge_steer.errors import NoEffectError
+from edge_steer.provenance import BaseModel
 from edge_steer.rotation import Action
-from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture, site_of_module
-from edge_steer.steering import BaseModel, Steering
+from edge_steer.sites import Architecture, Site, site_of_module
+from edge_steer.steering import Steering
 
 
 @contextmanager
@@ -51,13 +53,8 @@ def steered(model: Any, steerings: Sequence[tuple[Steering, float | None]]) -> I
 def _model(model: Any) -> tuple[Architecture, BaseModel]:
     config = model.config
     text = config.get_text_config()
-    model_type = next((each for each in (config.model_type, text.model_type) if each in MODEL_TYPES), None)
-    if model_type is None:
-        raise SteerError(f"expected a model_type among {', '.join(sorted(MODEL_TYPES))}, got {config.model_type!r}")
-    # Falcon-40B and Falcon-7B are one model_type; the GGUF name of the second norm tells them apart.
-    two_norms = any(name.endswith(".0.ln_attn") for name, _ in model.named_modules())
-    known = architecture(MODEL_TYPES[model_type], ["blk.0.attn_norm_2.weight"] if two_norms else [])
-    name = str(getattr(config, "name_or_path", "")) or model_type
+    known = architecture_of(config.to_dict(), [name for name, _ in model.named_modules()])
+    name = str(getattr(config, "name_or_path", "")) or str(config.model_type)
     return known, BaseModel(known.name, name, int(text.num_hidden_layers), int(text.hidden_size))
 
 

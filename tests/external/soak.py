@@ -37,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from planted import random_steering
 
 from edge_steer import SteeredLlama, Steering
+from edge_steer.architectures import architecture
+from edge_steer.fetch import resolve
 from edge_steer.model_file import read_model
-from edge_steer.registry import resolve
-from edge_steer.sites import architecture
 
 EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
 OPERATORS = {"hook": ("selective", "adaptive", "addition"), "lora": ("selective", "selective", "ablation")}

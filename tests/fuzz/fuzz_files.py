@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from test_hostile_files import SMALL, refused
 
-from edge_steer.contrast import read_prompts
+from edge_steer.prompt_files import read_prompts
 
 PROMPTS = {
     "txt": b"one\n\ntwo\n",

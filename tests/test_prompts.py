@@ -1,4 +1,4 @@
-"""Prompts, prompt sets and presets."""
+"""Prompts, the files that they come from, and sets of them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,12 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_steer.cli.presets import presets
-from edge_steer.contrast import (
-    LONGEST_LINE,
-    Probe,
-    Prompt,
-    PromptSet,
-    load_preset,
-    neutral_passages,
-    preset_names,
-    prompt_set,
-    read_prompts,
-)
 from edge_steer.errors import FormatError, SteerError
-
-NAMES = ("confidence", "formality", "refusal", "sentiment", "verbosity", "warmth")
+from edge_steer.prompt_files import LONGEST_LINE, prompt_set, read_prompts
+from edge_steer.prompts import Probe, Prompt, PromptSet
 
 Write = Callable[[str, bytes | str], Path]
 
@@ -278,66 +265,3 @@ def test_prompts_and_probes_are_frozen_and_refuse_what_is_no_text() -> None:
             Prompt(bad)  # type: ignore[arg-type]
         with pytest.raises(FormatError, match="as negative"):
             Probe("a", "b", bad)  # type: ignore[arg-type]
-
-
-# --- presets ------------------------------------------------------------------------------------------------------
-
-
-def test_the_six_presets_ship() -> None:
-    assert preset_names() == NAMES
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_a_preset_has_enough_pairs_that_differ_and_none_twice(name: str) -> None:
-    preset = load_preset(name)
-    assert preset.name == name
-    assert len(preset.positive) == len(preset.negative) >= 48
-    pairs = list(zip(preset.positive, preset.negative, strict=True))
-    assert all(positive != negative for positive, negative in pairs)
-    prompts = [*preset.positive, *preset.negative]
-    assert len(set(prompts)) == len(prompts)
-    assert preset.description.endswith(".")
-    assert preset.positive_name != preset.negative_name
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_the_probes_of_a_preset_are_enough_distinct_and_unseen(name: str) -> None:
-    preset = load_preset(name)
-    assert len(preset.probes) >= 16
-    asked = [probe.prompt for probe in preset.probes]
-    assert len(set(asked)) == len(asked)
-    assert not set(asked) & {prompt.prompt for prompt in (*preset.positive, *preset.negative)}
-    assert all(probe.positive != probe.negative for probe in preset.probes)
-
-
-def test_there_are_neutral_passages_enough_and_none_twice() -> None:
-    passages = neutral_passages()
-    assert len(set(passages)) == len(passages) >= 40
-    assert all(passage == passage.strip() != "" for passage in passages)
-
-
-@pytest.mark.parametrize("name", ["none", "", "..", "../presets/sentiment"])
-def test_an_unknown_preset_is_refused_with_the_names_there_are(name: str) -> None:
-    with pytest.raises(SteerError, match="sentiment, verbosity, warmth"):
-        load_preset(name)
-
-
-def test_the_verb_lists_the_presets_and_shows_one() -> None:
-    run = CliRunner().invoke
-    lines = run(presets, []).stdout.splitlines()
-    assert [line.split("\t")[0] for line in lines] == ["name", *NAMES]
-    rows = json.loads(run(presets, ["--json"]).stdout)
-    assert [row["name"] for row in rows] == list(NAMES)
-    assert rows[0]["pairs"] == len(load_preset(NAMES[0]).positive)
-
-    first = load_preset("sentiment")
-    shown = run(presets, ["sentiment"]).stdout
-    assert first.description in shown
-    for i in range(3):
-        for text in (first.positive[i].prompt, first.negative[i].prompt, first.probes[i].prompt):
-            assert text in shown
-    one = json.loads(run(presets, ["sentiment", "--json"]).stdout)
-    assert one["example_pairs"][0] == {"positive": first.positive[0].prompt, "negative": first.negative[0].prompt}
-    assert one["example_probes"][2] == vars(first.probes[2])
-
-    assert isinstance(run(presets, ["none"]).exception, SteerError)

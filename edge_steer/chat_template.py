@@ -1,0 +1,162 @@
+"""How a model wants its chat written: the template that it brought, or the plain form of one that brought none.
+
+Tokens. Both recorders and generation must see the same ones, so a rendered text is tokenized in one way:
+
+    llama.cpp     SteeredLlama.text_tokens
+    transformers  TorchRecorder.text_tokens
+
+Most templates write the BOS themselves and must not get another; where the text has none, the tokenizer adds its own,
+if it is one that does. Nothing else that it may add belongs to a prompt: an EOS behind it would end the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_steer.errors import SteerError, shown
+from edge_steer.prompts import Prompt
+
+# Contents are stripped: a model begins its answer with a space of its own, and two would be other tokens than it wrote.
+PLAIN_FORMS = {"system": "{}\n\n", "user": "{}\nAnswer:", "assistant": " {}\n\n"}
+
+# The same for llama-cpp-python's Jinja2ChatFormatter. It adds no BOS to what a template renders, so this one writes it:
+# hand in bos_token="" where the model's tokenizer adds none (Llama._model.add_bos_token).
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] | trim + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ message['content'] | trim + '\\nAnswer:' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + '\\n\\n' }}"
+    "{% else %}{{ raise_exception('expected role system, user, assistant, got ' + message['role']) }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a model wants its chat written. Made by `from_gguf` or `from_tokenizer`.
+
+    source: the Jinja text, or the name of one of llama.cpp's; None for the plain template. bos_token: text of the BOS,
+    "" where the model has none.
+    """
+
+    source: str | None
+    bos_token: str
+    _write: Callable[[list[dict[str, str]]], str] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_gguf(cls, template: str | None, bos_token: str, eos_token: str) -> ChatTemplate:
+        """The template in a GGUF's `tokenizer.chat_template`, rendered as llama-cpp-python does; None: the plain one.
+
+        Raises SteerError where the template does not compile.
+        """
+        if not template:
+            return cls(None, bos_token, _plain)
+        from edge_steer.chat_format import BoundedChatFormatter
+
+        try:
+            formatter = BoundedChatFormatter(template, eos_token, bos_token)
+        except _template_errors() as error:
+            raise _broken(error) from None
+
+        def write(messages: list[dict[str, str]]) -> str:
+            try:
+                return str(formatter(messages=messages).prompt)
+            except _template_errors() as error:
+                try:  # templates of models that call tools may take a list of them for granted
+                    return str(formatter(messages=messages, tools=[]).prompt)
+                except _template_errors():
+                    raise error from None
+
+        return cls(template, bos_token, write)
+
+    @classmethod
+    def builtin(cls, name: str, bos_token: str) -> ChatTemplate:
+        """llama.cpp's own template `name`. Raises SteerError that lists them."""
+        from edge_steer.chat_format import apply_builtin, builtin_names
+
+        if name not in builtin_names():
+            raise SteerError(
+                f"expected a chat template's file, or one of {', '.join(builtin_names())}, got {shown(name)}"
+            )
+        return cls(name, bos_token, lambda messages: apply_builtin(name, messages))
+
+    @classmethod
+    def from_tokenizer(cls, hf_tokenizer: Any) -> ChatTemplate:
+        """The template of a transformers tokenizer; the plain one where it has none."""
+        bos_token, template = hf_tokenizer.bos_token or "", hf_tokenizer.chat_template
+        if not template:
+            return cls(None, bos_token, _plain)
+
+        def write(messages: list[dict[str, str]]) -> str:
+            return str(hf_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+        return cls(str(template), bos_token, write)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model brought no template."""
+        return self.source is None
+
+    def starts_with_bos(self, text: str) -> bool:
+        """Whether `text` begins with the BOS already, so that the tokenizer must not add one."""
+        return bool(self.bos_token) and text.startswith(self.bos_token)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a chat, generation prompt included. Raises SteerError where the template fails.
+
+        A template without a system role (Gemma refuses it, others drop it) gets its text at the head of the first
+        user message, a blank line between.
+        """
+        chat = [dict(message) for message in messages]
+        errors = _template_errors()
+        system = chat[0]["content"] if chat and chat[0].get("role") == "system" else None
+        try:
+            text = self._write(chat)
+            if system is None or system.strip() in text:
+                return text
+        except errors as error:
+            if system is None:
+                raise _broken(error) from None
+        try:
+            return self._write(_folded(chat))
+        except errors as error:
+            raise _broken(error) from None
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The text to record: the rendered prompt, and how the answer begins."""
+        return self.render(prompt.messages()) + (prompt.prefix or "")
+
+
+def _folded(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+    """`chat` with its system message, the first, moved into the user message after it."""
+    system, *rest = chat
+    if not rest:
+        return [{**system, "role": "user"}]
+    return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def _plain(messages: list[dict[str, str]]) -> str:
+    """`{prompt}\\nAnswer:`, for a model without a template; the same text as PLAIN_TEMPLATE, less the BOS."""
+    text = ""
+    for message in messages:
+        form = PLAIN_FORMS.get(message["role"])
+        if form is None:
+            raise ValueError(f"expected role {', '.join(PLAIN_FORMS)}, got {message['role']}")
+        text += form.format(message["content"].strip())
+    return text
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What rendering can raise. A template is a program from a file: it can add text to None or divide by 0."""
+    from jinja2 import TemplateError
+
+    return (
+        TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+    )  # fmt: skip
+
+
+def _broken(error: Exception) -> SteerError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return SteerError(f"expected a chat template that renders, got {reason[:200]}; check the model's chat template")
