@@ -25,7 +25,7 @@ TARGET = 0.08
 CLOSE = 0.2
 PASSAGES, LENGTH = 4, 32
 # Where to look first, in degrees: at norms a dial is some ten times as large as in the residual stream.
-_FIRST_AT_NORMS, _FIRST_IN_STREAM = 12.0, 1.5
+_FIRST_AT_NORMS, _FIRST_IN_STREAM = 12.0, 3.0
 _MOST, _TRIES = 90.0, 12
 _WITH_RANGE = ("selective", "addition")
 
