@@ -201,3 +201,14 @@ def test_a_model_without_a_template_is_never_given_another_model_s(gemma3: Path)
     llm.create_chat_completion(messages=CHAT, max_tokens=1)
     assert seen[0] == llm.chat_tokens(CHAT)
     assert llm.detokenize(seen[0]).decode() == "Hello there\nAnswer:"
+
+
+def test_a_block_is_steered_and_what_follows_is_as_before(model: Path) -> None:
+    llm = SteeredLlama(model, steering=[steering_for(model, name="happy"), steering_for(model, name="formal")],
+                       angles={"happy": 3, "formal": None}, **ONE_THREAD)  # fmt: skip
+    with llm.steer(happy=8, formal=-5):
+        assert dict(llm.angles) == {"happy": 8, "formal": -5}
+    assert dict(llm.angles) == {"happy": 3, "formal": None}
+    with pytest.raises(SteerError, match="got 'sad'"), llm.steer(happy=1, sad=2):
+        pass
+    assert dict(llm.angles) == {"happy": 3, "formal": None}

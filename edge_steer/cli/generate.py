@@ -13,7 +13,8 @@ from edge_steer.cli import options
 @click.command()
 @options.model_option
 @options.steering_options
-@click.option("-p", "--prompt", required=True, help="What to ask; - reads it from standard input.")
+@click.argument("text", required=False, metavar="[PROMPT]")
+@click.option("-p", "--prompt", help="What to ask, as an option; - reads it from standard input.")
 @click.option("--system", help="System prompt.")
 @options.sampling_options
 @options.run_options
@@ -26,7 +27,8 @@ def generate(
     strength: float | None,
     scope: str,
     engine: str,
-    prompt: str,
+    text: str | None,
+    prompt: str | None,
     system: str | None,
     as_json: bool,
     ctx: int | None,
@@ -40,14 +42,17 @@ def generate(
     """Answer one prompt, steered.
 
     \b
-    edge-steer generate -m smollm2-135m -s happy.gguf:8 -p "How was your day?"
+    edge-steer generate -m smollm2-135m -s happy.gguf:8 "How was your day?"
     """
     from functools import partial
 
     from edge_steer.prompts import Prompt
     from edge_steer.runtime.chat import answered, silent
 
-    asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
+    if (text is None) == (prompt is None):
+        raise click.UsageError('expected one prompt, as in: edge-steer generate -m MODEL "How was your day?"')
+    given = text if prompt is None else prompt
+    asked = Prompt(_standard_input() if given == "-" else str(given), system=system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,

@@ -52,12 +52,20 @@ steering_options = _all(
 
 run_options = _all(
     click.option(
-        "--ctx", type=click.IntRange(1), help="Context in tokens, in steps of 256.  [default: 4096, or the model's]"
+        "-c",
+        "--ctx",
+        type=click.IntRange(1),
+        help="Context in tokens, in steps of 256.  [default: 4096, or the model's]",
     ),
     click.option(
-        "--gpu-layers", type=click.IntRange(-1), default=0, show_default=True, help="Layers on a GPU; -1 for all."
+        "-ngl",
+        "--gpu-layers",
+        type=click.IntRange(-1),
+        default=0,
+        show_default=True,
+        help="Layers on a GPU; -1 for all.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
+    click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
     click.option(
         "--chat-template",
@@ -71,8 +79,16 @@ rpc_option = click.option(
 )
 
 sampling_options = _all(
-    click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
-    click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
+    click.option(
+        "--temp",
+        "--temperature",
+        "temperature",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="0 is greedy.",
+    ),
     click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True),
     click.option("--top-k", type=click.IntRange(0), default=40, show_default=True),
     click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True),

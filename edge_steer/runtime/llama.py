@@ -6,7 +6,8 @@ hooked_llama.py holds the seam into llama-cpp-python, cache.py the rule that is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ class SteeredLlama(HookedLlama):
     @angles.setter
     def angles(self, values: Mapping[str, float | None]) -> None:
         self._angles.update(values)
+
+    @contextmanager
+    def steer(self, **angles: float | None) -> Iterator[None]:
+        """The dials at `angles` within the block, and behind it as they were: `with llm.steer(happy=8): ...`"""
+        before = dict(self._angles)
+        try:
+            self._angles.update(angles)
+            yield
+        finally:
+            self._angles.update(before)
 
     @property
     def scope(self) -> Scope:
