@@ -26,17 +26,18 @@ from typing import Any
 import click
 import numpy as np
 
-from edge_steer.calibrate import calibrate
+from edge_steer.calibrate import calibrate, site_choice
+from edge_steer.calibrate.cached_recorder import Remembered
+from edge_steer.calibrate.dial import dial_at
+from edge_steer.calibrate.engines import NativeEngine
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.remembered import Remembered
+from edge_steer.calibrate.pipeline import Wishes, calibrated
 from edge_steer.contrast import PRESETS, Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
-from edge_steer.evaluate import choice
-from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
-from edge_steer.evaluate.coherence import repetition
-from edge_steer.evaluate.dial import PASSAGES, Divergence, dial_at
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import log_softmax, probe_gaps
+from edge_steer.measure.divergence import PASSAGES, Divergence
+from edge_steer.measure.evaluation_set import spread
+from edge_steer.measure.metrics import log_softmax, probe_gaps
+from edge_steer.measure.text_quality import repetition
 from edge_steer.registry import resolve
 from edge_steer.runtime.chat import Sampling, answered
 from edge_steer.runtime.llama import SteeredLlama
@@ -103,7 +104,7 @@ def steerings_of(model: str, preset: str, folder: Path, run: dict[str, Any]) -> 
     prompts, path = load_preset(preset), resolve(model, fetch=True)
     axes = () if preset == "refusal" else None
     made = [calibrated(NativeEngine(str(path), run), prompts, Wishes(orthogonal_to=axes), name=OURS)]
-    with closing(NativeRecorder(path, sites=choice.SITES, **run)) as recorder:
+    with closing(NativeRecorder(path, sites=site_choice.SITES, **run)) as recorder:
         remembered = Remembered(recorder)
         for name, how in RIVALS.items():
             try:
@@ -131,7 +132,7 @@ def turn(llm: SteeredLlama, name: str | None, dial: float | None) -> None:
 def held_out_probes(preset: str, count: int) -> tuple[Probe, ...]:
     """Probes of the preset that choosing sites does not measure on."""
     probes = load_preset(preset).probes
-    used = set(spread(probes, choice.PROBES))
+    used = set(spread(probes, site_choice.PROBES))
     return spread([probe for probe in probes if probe not in used], count)
 
 
@@ -293,8 +294,8 @@ def candidates(model: str, preset: str, folder: Path, run: dict[str, Any]) -> No
         return
     ours = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
     axes = [load_preset(name) for name in ours.made.orthogonal_to]
-    with closing(NativeRecorder(resolve(model, fetch=True), sites=choice.SITES, **run)) as recorder:
-        made = choice.candidates(
+    with closing(NativeRecorder(resolve(model, fetch=True), sites=site_choice.SITES, **run)) as recorder:
+        made = site_choice.candidates(
             Remembered(recorder), load_preset(preset), orthogonal_to=axes, step=lambda _: None, note=told
         )
     probes, found = held_out_probes(preset, PROBES), {}

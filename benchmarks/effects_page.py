@@ -10,7 +10,7 @@ from typing import Any
 from page import RESULTS, write_part
 
 from edge_steer.contrast import PRESETS, load_preset, preset_names
-from edge_steer.evaluate.material import spread
+from edge_steer.measure.evaluation_set import spread
 
 Row = dict[str, Any]
 OURS, FORMER, PUBLISHED = "default", "former default", "published"

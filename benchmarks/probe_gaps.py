@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import click
 
 from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.cached_recorder import Remembered
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.remembered import Remembered
 from edge_steer.contrast import Probe, load_preset, neutral_passages, preset_names
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.metrics import probe_gaps, text_log_probabilities
+from edge_steer.measure.metrics import probe_gaps, text_log_probabilities
 from edge_steer.registry import resolve
 from edge_steer.runtime.llama import SteeredLlama
 

@@ -25,23 +25,23 @@ import click
 from page import RESULTS, write_part
 
 from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.cached_recorder import Remembered
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.remembered import Remembered
 from edge_steer.contrast import load_preset, preset_names
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.budget import Budget
-from edge_steer.evaluate.journal import Journal
-from edge_steer.evaluate.material import QUICK, Amounts, material
-from edge_steer.evaluate.methods import METHODS, RECORDED, check_methods
-from edge_steer.evaluate.parts import Bench
-from edge_steer.evaluate.plots import COLOURS, new_figure
-from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
-from edge_steer.evaluate.search import Effort
-from edge_steer.evaluate.sweep import Curve, Sweep, settings
-from edge_steer.evaluate.sweep_plots import effect_against_damage
+from edge_steer.measure.evaluation_set import QUICK, Amounts, material
 from edge_steer.registry import resolve
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
+from edge_steer.sweep.budget import Budget
+from edge_steer.sweep.effect_plots import effect_against_damage
+from edge_steer.sweep.journal import Journal
+from edge_steer.sweep.layer_plot import COLOURS, new_figure
+from edge_steer.sweep.measurements import Bench
+from edge_steer.sweep.methods import METHODS, RECORDED, check_methods
+from edge_steer.sweep.search import QUICK as QUICK_EFFORT
+from edge_steer.sweep.search import Effort
+from edge_steer.sweep.sweep import Curve, Sweep, settings
 
 # Coarser than a sweep's, for there are dozens of curves; the ends are as well verified.
 EFFORT = Effort(step=5.0, rounds=2, bends=0)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from planted import random_steering
 
-from edge_steer.evaluate.metrics import log_softmax
+from edge_steer.measure.metrics import log_softmax
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import architecture

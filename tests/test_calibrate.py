@@ -12,7 +12,7 @@ import pytest
 
 from edge_steer._version import __version__
 from edge_steer.calibrate import calibrate as calibrate_some
-from edge_steer.calibrate import chosen_sites, passes
+from edge_steer.calibrate.steering import chosen_sites, passes
 from edge_steer.calibrate.sums import ClassSums, Step
 from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import SteerError

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from planted import random_steering
 
+from edge_steer.calibrate.dial import CLOSE, TARGET, Dial, dial_at, with_dials
+from edge_steer.calibrate.engines import NativeEngine, TorchEngine
+from edge_steer.calibrate.pipeline import Wishes, calibrated
+from edge_steer.calibrate.site_choice import CANDIDATES, Material, table
 from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import NoEffectError
-from edge_steer.evaluate.calibration import NativeEngine, TorchEngine, Wishes, calibrated
-from edge_steer.evaluate.choice import CANDIDATES, Material, table
-from edge_steer.evaluate.dial import CLOSE, TARGET, Dial, dial_at, with_dials
 from edge_steer.sites import Site
 from edge_steer.steering import BaseModel, Operator
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from edge_steer.calibrate.dial import TARGET
+from edge_steer.calibrate.engines import NativeEngine
+from edge_steer.calibrate.pipeline import Wishes, calibrated
 from edge_steer.contrast import load_preset
-from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
-from edge_steer.evaluate.dial import TARGET, Divergence
-from edge_steer.evaluate.metrics import probe_gaps
+from edge_steer.measure.divergence import Divergence
+from edge_steer.measure.metrics import probe_gaps
 from edge_steer.runtime.llama import SteeredLlama
 
 

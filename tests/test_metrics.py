@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from edge_steer.evaluate import coherence
-from edge_steer.evaluate.capability import confidence, correct, load_questions
-from edge_steer.evaluate.figures import figures
-from edge_steer.evaluate.metrics import Expected, chosen, log_softmax, shared_prefix
+from edge_steer.measure import text_quality
+from edge_steer.measure.capability import confidence, correct, load_questions
+from edge_steer.measure.divergence import Expected
+from edge_steer.measure.metrics import chosen, log_softmax, shared_prefix
+from edge_steer.sweep.point_metrics import figures
 
 
 def log_of(*rows: list[float]) -> np.ndarray:
@@ -59,29 +60,29 @@ def test_a_shared_prefix_ends_where_the_first_token_differs() -> None:
 
 
 def test_repetition_counts_4_grams_of_words_that_stood_before() -> None:
-    assert coherence.repetition("a b c d e f g h") == 0.0
+    assert text_quality.repetition("a b c d e f g h") == 0.0
     # abcd bcda cdab dabc abcd: 5 of which 4 are distinct.
-    assert coherence.repetition("a b c d a b c d") == pytest.approx(1 / 5)
-    assert coherence.repetition("no no no no no no") == pytest.approx(2 / 3)
-    assert coherence.repetition("three words only") == 0.0
+    assert text_quality.repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert text_quality.repetition("no no no no no no") == pytest.approx(2 / 3)
+    assert text_quality.repetition("three words only") == 0.0
 
 
 def test_language_consistency_is_the_share_of_latin_and_ascii() -> None:
-    assert coherence.language_consistency("Größe, naïve!") == 1.0
-    assert coherence.language_consistency("ab 你好") == 0.5
-    assert coherence.language_consistency(" ") == 1.0
+    assert text_quality.language_consistency("Größe, naïve!") == 1.0
+    assert text_quality.language_consistency("ab 你好") == 0.5
+    assert text_quality.language_consistency(" ") == 1.0
 
 
 def test_repeated_text_compresses() -> None:
     varied = "The quick brown fox jumps over the lazy dog near a quiet river bank."
-    assert coherence.compression_ratio("so it goes. " * 40) < 0.1 < coherence.compression_ratio(varied)
-    assert coherence.compression_ratio("") == 1.0
+    assert text_quality.compression_ratio("so it goes. " * 40) < 0.1 < text_quality.compression_ratio(varied)
+    assert text_quality.compression_ratio("") == 1.0
 
 
 def test_violations_are_a_perplexity_above_2_and_strictly_also_repetition() -> None:
-    assert [coherence.violates(p) for p in (1.5, 2.0, 2.1)] == [False, False, True]
-    assert [coherence.violates_strictly(1.5, r) for r in (0.3, 0.31)] == [False, True]
-    assert coherence.violates_strictly(2.1, 0.0)
+    assert [text_quality.violates(p) for p in (1.5, 2.0, 2.1)] == [False, False, True]
+    assert [text_quality.violates_strictly(1.5, r) for r in (0.3, 0.31)] == [False, True]
+    assert text_quality.violates_strictly(2.1, 0.0)
 
 
 def test_an_answer_is_right_where_it_scores_above_every_other_option() -> None:

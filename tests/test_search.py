@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from edge_steer.evaluate.budget import Budget, SafeRange, best, safe_range
-from edge_steer.evaluate.figures import Figures
-from edge_steer.evaluate.search import QUICK, Effort, Gauge, search, sharpest_bend
 from edge_steer.steering import Operator
+from edge_steer.sweep.budget import Budget, SafeRange, best, safe_range
+from edge_steer.sweep.point_metrics import Figures
+from edge_steer.sweep.search import QUICK, Effort, Gauge, search, sharpest_bend
 
 OFF = Figures(None, gap=0.0, kl=0.0, accuracy=0.9, retention=1.0, confidence_kept=1.0, repetition=0.1)
 BUDGET = Budget()

@@ -17,18 +17,18 @@ from command import steering_for
 
 from edge_steer import SteerError
 from edge_steer.contrast import Probe, Prompt, PromptSet
-from edge_steer.evaluate.budget import Budget
-from edge_steer.evaluate.capability import Question, option_scores
-from edge_steer.evaluate.figures import Figures
-from edge_steer.evaluate.journal import Journal, Place
-from edge_steer.evaluate.material import Amounts, Material, material, preset_of, spread
-from edge_steer.evaluate.metrics import chosen, log_softmax, plain_tokens
-from edge_steer.evaluate.parts import Bench
-from edge_steer.evaluate.search import QUICK, Effort
-from edge_steer.evaluate.sweep import Curve, Sweep, settings, with_range
-from edge_steer.evaluate.sweep_files import write_csv, write_json
+from edge_steer.measure.capability import Question, option_scores
+from edge_steer.measure.evaluation_set import Amounts, Material, material, preset_of, spread
+from edge_steer.measure.metrics import chosen, log_softmax, plain_tokens
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Made, Steering
+from edge_steer.sweep.budget import Budget
+from edge_steer.sweep.journal import Journal, Place
+from edge_steer.sweep.measurements import Bench
+from edge_steer.sweep.point_metrics import Figures
+from edge_steer.sweep.search import QUICK, Effort
+from edge_steer.sweep.sweep import Curve, Sweep, settings, with_range
+from edge_steer.sweep.tables import write_csv, write_json
 
 RUN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 # A random model is no good at anything: it has a range at all with limits of its own.
@@ -163,7 +163,7 @@ def test_options_are_scored_as_when_each_is_read_from_the_start(model: Path) -> 
 
 
 def curve_of(steering: Steering, low: float, high: float) -> Curve:
-    from edge_steer.evaluate.budget import SafeRange
+    from edge_steer.sweep.budget import SafeRange
 
     off = Figures(None)
     return Curve(steering, off, (), 0.0, SafeRange(low, high, "kl", "kl"), off, off)

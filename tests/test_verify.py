@@ -22,13 +22,13 @@ import transformers
 from exports import TOKENS, steering_for, tinies
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
-from edge_steer.evaluate import engine_runs
-from edge_steer.evaluate import verify as verify_module
-from edge_steer.evaluate.verify import TOLERANCES, Verification, distance, verify
 from edge_steer.model_file import read_model
 from edge_steer.runtime.torch_hooks import steered
 from edge_steer.sites import architecture
 from edge_steer.steering import OPERATORS, Operator
+from edge_steer.verify import engine_runs
+from edge_steer.verify import verification as verify_module
+from edge_steer.verify.verification import TOLERANCES, Verification, distance, verify
 
 __all__ = ["tinies"]
 

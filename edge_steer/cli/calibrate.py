@@ -10,9 +10,9 @@ from edge_steer.cli import options
 
 if TYPE_CHECKING:
     from edge_steer.calibrate import Mask
+    from edge_steer.calibrate.engines import CalibrationEngine
     from edge_steer.calibrate.torch_recorder import Device, DType
     from edge_steer.contrast import PromptSet
-    from edge_steer.evaluate.calibration import CalibrationEngine
     from edge_steer.steering import Operator, Plane, Steering
 
 
@@ -122,9 +122,9 @@ def calibrate(
     edge-steer calibrate -m smollm2-135m --preset sentiment -o happy.gguf
     edge-steer calibrate -m model.gguf --positive formal.txt --negative casual.txt -o formal.gguf
     """
+    from edge_steer.calibrate.pipeline import Wishes, calibrated
     from edge_steer.cli.progress import bar
     from edge_steer.contrast import load_preset, prompt_set
-    from edge_steer.evaluate.calibration import Wishes, calibrated
 
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
@@ -194,7 +194,7 @@ def _engine(
     """What records and measures: llama.cpp for a GGUF, transformers for a Hugging Face directory or hub id."""
     from pathlib import Path
 
-    from edge_steer.evaluate.calibration import NativeEngine, TorchEngine
+    from edge_steer.calibrate.engines import NativeEngine, TorchEngine
     from edge_steer.registry import is_gguf
 
     if Path(model).is_dir() or ("/" in model and not is_gguf(model)):

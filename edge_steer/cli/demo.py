@@ -32,10 +32,11 @@ def demo(
     import shutil
     import textwrap
 
+    from edge_steer.calibrate.engines import NativeEngine
+    from edge_steer.calibrate.pipeline import Wishes, calibrated
     from edge_steer.cli.progress import bar
     from edge_steer.contrast import load_preset
-    from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
-    from edge_steer.evaluate.metrics import probe_gaps
+    from edge_steer.measure.metrics import probe_gaps
     from edge_steer.registry import cache_dir
     from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama

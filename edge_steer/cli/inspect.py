@@ -120,7 +120,7 @@ def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
 
     steerings = Steering.load_all(file)
     if plot is not None:
-        from edge_steer.evaluate.plots import layer_map
+        from edge_steer.sweep.layer_plot import layer_map
 
         path = options.output_path(plot, force, file)
         layer_map(steerings, path, force=force)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge_steer.contrast import Probe, PromptSet
-    from edge_steer.evaluate.budget import Budget
-    from edge_steer.evaluate.figures import Figures
-    from edge_steer.evaluate.sweep import Curve
     from edge_steer.steering import Steering
+    from edge_steer.sweep.budget import Budget
+    from edge_steer.sweep.point_metrics import Figures
+    from edge_steer.sweep.sweep import Curve
 
 # Texts here are short; a longer context costs memory only.
 CONTEXT = 1024
@@ -85,15 +85,15 @@ def sweep(
 
     from edge_steer.contrast import read_probes
     from edge_steer.errors import SteerError
-    from edge_steer.evaluate.budget import Budget
-    from edge_steer.evaluate.journal import Journal
-    from edge_steer.evaluate.material import QUICK, Amounts, material
-    from edge_steer.evaluate.parts import Bench
-    from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
-    from edge_steer.evaluate.search import Effort
-    from edge_steer.evaluate.sweep import Sweep, settings, with_range
     from edge_steer.gguf_metadata import read_gguf
+    from edge_steer.measure.evaluation_set import QUICK, Amounts, material
     from edge_steer.steering import save_all
+    from edge_steer.sweep.budget import Budget
+    from edge_steer.sweep.journal import Journal
+    from edge_steer.sweep.measurements import Bench
+    from edge_steer.sweep.search import QUICK as QUICK_EFFORT
+    from edge_steer.sweep.search import Effort
+    from edge_steer.sweep.sweep import Sweep, settings, with_range
 
     begun = time.monotonic()
     if (steering is None) == (methods is None):
@@ -193,7 +193,7 @@ def _from_file(
 ) -> tuple[list[Steering], PromptSet | None, tuple[Probe, ...]]:
     """The steerings in a file, held-out prompts, and probes: those of the preset given, or calibrated on."""
     from edge_steer.contrast import load_preset, prompt_set
-    from edge_steer.evaluate.material import preset_of
+    from edge_steer.measure.evaluation_set import preset_of
     from edge_steer.steering import Steering
 
     steerings = Steering.load_all(file)
@@ -238,11 +238,11 @@ def _calibrated(
 ) -> list[Steering]:
     """A steering a method, from one recording; kept in the folder, for the next run and for use."""
     from edge_steer.calibrate import passes
+    from edge_steer.calibrate.cached_recorder import Remembered
     from edge_steer.calibrate.native_recorder import NativeRecorder
-    from edge_steer.calibrate.remembered import Remembered
     from edge_steer.cli.progress import bar
-    from edge_steer.evaluate.methods import RECORDED, calibrated, check_methods
     from edge_steer.steering import Steering, save_all
+    from edge_steer.sweep.methods import RECORDED, calibrated, check_methods
 
     check_methods(methods)
     kept = folder / "methods.gguf"
@@ -288,9 +288,9 @@ def _told(name: str, at: Figures) -> None:
 
 def _write_outputs(curves: Sequence[Curve], budget: Budget, about: dict[str, Any], folder: Path) -> None:
     from edge_steer.errors import SteerError
-    from edge_steer.evaluate.plots import layer_map
-    from edge_steer.evaluate.sweep_files import write_csv, write_json
-    from edge_steer.evaluate.sweep_plots import by_dial, effect_against_damage
+    from edge_steer.sweep.effect_plots import by_dial, effect_against_damage
+    from edge_steer.sweep.layer_plot import layer_map
+    from edge_steer.sweep.tables import write_csv, write_json
 
     write_csv(curves, folder / "sweep.csv")
     write_json(curves, about, folder / "sweep.json")
@@ -327,7 +327,7 @@ def _table(kind: Any, *titles: str) -> Any:
 
 
 def _positions(curve: Curve, kind: Any) -> Any:
-    from edge_steer.evaluate.sweep_files import is_safe
+    from edge_steer.sweep.tables import is_safe
 
     made = _table(kind, "dial", "effect", "KL", "KL 99%", "perplexity", "questions", "repetition", "")
     rows = sorted([*curve.points, curve.off], key=lambda point: point.dial or 0.0)
@@ -354,7 +354,7 @@ def _comparison(curves: Sequence[Curve], kind: Any) -> Any:
 
 
 def _recommended(curve: Curve) -> str:
-    from edge_steer.evaluate.sweep_plots import unit
+    from edge_steer.sweep.effect_plots import unit
 
     if curve.within is None:
         return f"{curve.steering.name}: no position is within the budget"

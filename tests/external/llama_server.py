@@ -32,8 +32,8 @@ from edge_steer import SteeredLlama
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.contrast import load_preset
-from edge_steer.evaluate.metrics import log_softmax
 from edge_steer.export.lora import export_pair
+from edge_steer.measure.metrics import log_softmax
 from edge_steer.registry import resolve
 from edge_steer.rotation import cos_sin
 from edge_steer.runtime.native import LLAMA_CPP_PYTHON

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
-from edge_steer.evaluate.engine_runs import Bench, Logits, identity, undoing
 from edge_steer.export import ggml
 from edge_steer.export.folding import EMBEDDING, fold_gguf
 from edge_steer.export.gguf_bytes import map_model, size_of
@@ -26,6 +25,7 @@ from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.gguf_metadata import TensorInfo
 from edge_steer.model_file import ModelFile, read_model
+from edge_steer.verify.engine_runs import Bench, Logits, identity, undoing
 
 _LARGEST_F32 = 4 << 30  # bytes of steered weights beyond which they are not written out as F32
 _OTHER_MODEL = 1.0  # unsteered KL beyond which a directory is not what a GGUF was made from

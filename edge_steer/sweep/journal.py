@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.parts import Part
+from edge_steer.sweep.measurements import Part
 from edge_steer.whole_file import whole_file
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from edge_steer.contrast import PRESETS, Probe, Prompt, PromptSet, load_preset, neutral_passages, preset_names
-from edge_steer.evaluate.capability import Question, load_questions
+from edge_steer.measure.capability import Question, load_questions
 from edge_steer.steering import Steering
 
 T = TypeVar("T")

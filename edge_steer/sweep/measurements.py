@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.evaluate.capability import option_scores
-from edge_steer.evaluate.material import Material
-from edge_steer.evaluate.metrics import Expected, chosen, log_probabilities, log_softmax, plain_tokens, probe_gaps
-from edge_steer.evaluate.model import turn
+from edge_steer.measure.capability import option_scores
+from edge_steer.measure.divergence import Expected
+from edge_steer.measure.evaluation_set import Material
+from edge_steer.measure.measured_model import turn
+from edge_steer.measure.metrics import chosen, log_probabilities, log_softmax, plain_tokens, probe_gaps
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.native import Record
 from edge_steer.steering import Steering

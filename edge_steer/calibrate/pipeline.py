@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
-from edge_steer.calibrate import Mask, calibrate, passes
-from edge_steer.calibrate.remembered import Remembered
+from edge_steer.calibrate import site_choice
+from edge_steer.calibrate.cached_recorder import Remembered
+from edge_steer.calibrate.dial import dial_at, has_range, with_dials
+from edge_steer.calibrate.engines import CalibrationEngine
+from edge_steer.calibrate.planes import Mask
+from edge_steer.calibrate.steering import calibrate, passes
 from edge_steer.calibrate.sums import Recorder
 from edge_steer.contrast import PromptSet, load_preset
-from edge_steer.evaluate import choice
-from edge_steer.evaluate.dial import Divergence, dial_at, has_range, with_dials
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import probe_gaps
-from edge_steer.evaluate.model import MeasuredModel, TorchModel
 from edge_steer.export.progress import Progress, no_progress
+from edge_steer.measure.divergence import Divergence
+from edge_steer.measure.evaluation_set import spread
+from edge_steer.measure.measured_model import MeasuredModel
+from edge_steer.measure.metrics import probe_gaps
 from edge_steer.steering import Operator, Plane, Steering
 
-# As long as any prompt or probe that is measured on; a recorded prompt may be longer.
-_MEASURED_CONTEXT = 1024
 REFUSAL = "refusal"
 _REFUSAL_PROBES = 6
 _NEAR = 0.5
@@ -53,96 +52,10 @@ class Wishes:
     def recorded(self) -> str:
         """The sites to record, as Architecture.kinds_for takes them."""
         if self.auto:
-            return choice.SITES
+            return site_choice.SITES
         if self.sites not in (None, "auto"):
             return str(self.sites)
         return {"shared": "layer_out"}.get(self.plane or "local", "pre")
-
-
-class CalibrationEngine(Protocol):
-    """Records prompts at sites of a model, and opens it with steerings to be measured."""
-
-    def recorder(self, sites: str) -> Recorder: ...
-
-    def uses_plain_template(self) -> bool: ...
-
-    def unsteered(self) -> MeasuredModel:
-        """The model that records."""
-
-    def open(self, steerings: Sequence[Steering]) -> MeasuredModel:
-        """The model with `steerings`, all off. What the recorder holds may be freed: it has recorded."""
-
-    def close(self) -> None: ...
-
-
-@dataclass
-class NativeEngine:
-    """A GGUF through llama.cpp. parameters: of SteeredLlama."""
-
-    path: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    _opened: Any = None
-
-    def recorder(self, sites: str) -> Recorder:
-        from edge_steer.calibrate.native_recorder import NativeRecorder
-
-        self._opened = NativeRecorder(self.path, sites=sites, **self.parameters)
-        recorder: Recorder = self._opened
-        return recorder
-
-    def uses_plain_template(self) -> bool:
-        return bool(self._opened.uses_plain_template)
-
-    def unsteered(self) -> MeasuredModel:
-        model: MeasuredModel = self._opened.model
-        return model
-
-    def open(self, steerings: Sequence[Steering]) -> MeasuredModel:
-        from edge_steer.runtime.llama import SteeredLlama
-
-        self.close()
-        context = min(_MEASURED_CONTEXT, self.parameters.get("n_ctx", _MEASURED_CONTEXT))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*overlap")
-            self._opened = SteeredLlama(
-                self.path, steering=steerings, angles={each.name: None for each in steerings},
-                **{**self.parameters, "n_ctx": context},
-            )  # fmt: skip
-        model: MeasuredModel = self._opened
-        return model
-
-    def close(self) -> None:
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
-
-
-@dataclass
-class TorchEngine:
-    """A Hugging Face model through transformers. parameters: of TorchRecorder.load."""
-
-    path: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    _recorder: Any = None
-
-    def recorder(self, sites: str) -> Recorder:
-        from edge_steer.calibrate.torch_recorder import TorchRecorder
-
-        self._recorder = TorchRecorder.load(self.path, sites=sites, **self.parameters)
-        recorder: Recorder = self._recorder
-        return recorder
-
-    def uses_plain_template(self) -> bool:
-        return bool(self._recorder.uses_plain_template)
-
-    def unsteered(self) -> MeasuredModel:
-        return self.open(())
-
-    def open(self, steerings: Sequence[Steering]) -> MeasuredModel:
-        return TorchModel(self._recorder, steerings)
-
-    def close(self) -> None:
-        self._recorder = None
 
 
 def near_refusing(model: MeasuredModel) -> bool:
@@ -214,16 +127,18 @@ def _chosen(
     progress: Progress,
     note: Callable[[str], object],
 ) -> Steering:
-    material, axes = choice.Material.of(prompts), wishes.orthogonal_to or ()
+    material, axes = site_choice.Material.of(prompts), wishes.orthogonal_to or ()
     with progress("recording", passes(material.prompts, axes)) as step:
-        steerings = choice.candidates(
+        steerings = site_choice.candidates(
             recorder, material.prompts, operator=wishes.operator, mask=wishes.mask,
             orthogonal_to=axes, step=step, note=note,
         )  # fmt: skip
-    with progress("choosing sites", choice.measures(len(steerings))) as measured:
-        steering, found = choice.choose(engine.open(list(steerings.values())), steerings, material, measured=measured)
+    with progress("choosing sites", site_choice.measures(len(steerings))) as measured:
+        steering, found = site_choice.choose(
+            engine.open(list(steerings.values())), steerings, material, measured=measured
+        )
     steering = steering.with_(name=prompts.name if name is None else name)
-    for line in choice.table(found):
+    for line in site_choice.table(found):
         note(line)
     note(_range(steering))
     return steering

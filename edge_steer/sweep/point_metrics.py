@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.evaluate import coherence
-from edge_steer.evaluate.capability import confidence, correct
-from edge_steer.evaluate.parts import Part
+from edge_steer.measure import text_quality
+from edge_steer.measure.capability import confidence, correct
+from edge_steer.sweep.measurements import Part
 
 Parts = Mapping[str, Part]  # by name
 Half = int | None  # 0: the 1st, 3rd, 5th … of all items; 1: the 2nd, 4th …; None: all
@@ -108,15 +108,15 @@ def figures(dial: float | None, on: Parts, off: Parts, half: Half = None) -> Fig
 def _coherence(part: Part, half: Half) -> dict[str, float]:
     texts = _items(part["texts"], half)
     perplexities = np.exp(-_array(part["log_p"], half))
-    repetitions = np.array([coherence.repetition(each) for each in texts])
-    strict = [coherence.violates_strictly(p, r) for p, r in zip(perplexities, repetitions, strict=True)]
+    repetitions = np.array([text_quality.repetition(each) for each in texts])
+    strict = [text_quality.violates_strictly(p, r) for p, r in zip(perplexities, repetitions, strict=True)]
     return {
         "answer_perplexity": float(np.exp(np.log(perplexities).mean())),
         "repetition": float(repetitions.mean()),
         "repetition_error": float(repetitions.std(ddof=1) / math.sqrt(len(texts))) if len(texts) > 1 else math.nan,
-        "language": float(np.mean([coherence.language_consistency(each) for each in texts])),
-        "compression": float(np.mean([coherence.compression_ratio(each) for each in texts])),
-        "violations": float(np.mean([coherence.violates(each) for each in perplexities])),
+        "language": float(np.mean([text_quality.language_consistency(each) for each in texts])),
+        "compression": float(np.mean([text_quality.compression_ratio(each) for each in texts])),
+        "violations": float(np.mean([text_quality.violates(each) for each in perplexities])),
         "strict_violations": float(np.mean(strict)),
     }
 

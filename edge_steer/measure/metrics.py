@@ -6,18 +6,13 @@ Letters: n tokens, V vocabulary. Log-probabilities are natural logarithms.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.contrast import Probe
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.model import MeasuredModel
-
-# Next tokens of which a reference keeps the probability; the rest is kept as one. On neutral passages this took less
-# than a thousandth off the divergence (4,096 took half a hundredth), and it is 128 kB a token in place of a megabyte.
-KEPT = 16384
+from edge_steer.measure.measured_model import MeasuredModel
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -72,44 +67,3 @@ def probe_gaps(llm: MeasuredModel, probes: Iterable[Probe], system: str | None =
     if not gaps:
         raise SteerError("expected probes to measure with, got none")
     return np.array(gaps)
-
-
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What a model expects next at n places: its K likeliest tokens, and the mass of all others as one.
-
-    tokens: (n, K) int32. log_p: (n, K) float32. rest: (n,) float64, the log-probability of all other tokens together;
-    −inf where there are none.
-    """
-
-    tokens: NDArray[np.int32]
-    log_p: NDArray[np.float32]
-    rest: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, log_p: NDArray[np.float32], keep: int = KEPT) -> Expected:
-        """Of log-probabilities (n, V)."""
-        keep = min(keep, log_p.shape[-1])
-        tokens = np.argpartition(-log_p, keep - 1, axis=-1)[:, :keep].astype(np.int32)
-        kept = np.take_along_axis(log_p, tokens, axis=-1)
-        return cls(tokens, kept, _rest(kept, log_p.shape[-1]))
-
-    def divergence(self, log_q: NDArray[np.float32]) -> NDArray[np.float64]:
-        """KL(p‖q) in nats at each of the n places, p the expectation kept here, q of log-probabilities (n, V).
-
-        Σ p (log p − log q) over the kept tokens and the rest as one more: exact where all are kept, else no more than
-        the exact one (the log-sum inequality).
-        """
-        other = np.take_along_axis(log_q, self.tokens, axis=-1)
-        found = (np.exp(self.log_p) * (self.log_p - other)).sum(axis=-1, dtype=np.float64)
-        there = np.isfinite(self.rest)
-        rest = np.where(there, self.rest, 0.0)
-        found += np.where(there, np.exp(rest) * (rest - _rest(other, log_q.shape[-1])), 0.0)
-        return np.asarray(np.maximum(found, 0.0))
-
-
-def _rest(kept: NDArray[np.float32], vocabulary: int) -> NDArray[np.float64]:
-    """Log of the probability mass (n,) that log-probabilities (n, K) of a vocabulary leave over."""
-    if kept.shape[-1] == vocabulary:
-        return np.full(len(kept), -np.inf)
-    return np.asarray(np.log(np.maximum(1 - np.exp(kept).sum(axis=-1, dtype=np.float64), 1e-9)))

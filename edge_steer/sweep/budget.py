@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edge_steer.evaluate.figures import Figures
+from edge_steer.sweep.point_metrics import Figures
 
 
 @dataclass(frozen=True)

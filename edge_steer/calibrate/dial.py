@@ -1,21 +1,15 @@
 """A dial that works right after calibration: the angle at which a text changes by so much, found in seconds.
 
-How much differs by model and site by a factor of fifty, so no fixed angle fits. Letters: n tokens, V vocabulary.
+How much differs by model and site by a factor of fifty, so no fixed angle fits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from edge_steer.contrast import neutral_passages
 from edge_steer.errors import NoEffectError
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import Expected, log_softmax, plain_tokens
-from edge_steer.evaluate.model import MeasuredModel, turn
+from edge_steer.measure.divergence import Divergence
 from edge_steer.steering import Steering
 
 # KL from unsteered on neutral text, nats per token, at the ends of a provisional range. A sweep allows 0.25, which is
@@ -23,7 +17,6 @@ from edge_steer.steering import Steering
 TARGET = 0.08
 # As near to the target as the dial is looked for.
 CLOSE = 0.2
-PASSAGES, LENGTH = 4, 32
 # Where to look first, in degrees: at norms a dial is some ten times as large as in the residual stream.
 _FIRST_AT_NORMS, _FIRST_IN_STREAM = 12.0, 1.5
 _MOST, _TRIES = 90.0, 12
@@ -36,29 +29,6 @@ class Dial:
 
     angle: float
     kl: float
-
-
-class Divergence:
-    """KL(unsteered ‖ steered) of a model on the first LENGTH tokens of some texts, mean over their tokens.
-
-    texts: None for PASSAGES of the neutral passages that ship.
-    """
-
-    def __init__(self, model: MeasuredModel, texts: Sequence[str] | None = None) -> None:
-        self._model = model
-        texts = spread(neutral_passages(), PASSAGES) if texts is None else texts
-        self._tokens = [plain_tokens(model, text)[: min(LENGTH + 1, model.n_ctx())] for text in texts]
-        turn(model, None, None)
-        self._expected = [Expected.of(log_softmax(model.logits(tokens, 1))) for tokens in self._tokens]
-
-    def at(self, name: str, angle: float) -> float:
-        """With the steering `name` at `angle` and all others off."""
-        turn(self._model, name, angle)
-        found = [
-            expected.divergence(log_softmax(self._model.logits(tokens, 1)))
-            for expected, tokens in zip(self._expected, self._tokens, strict=True)
-        ]
-        return float(np.concatenate(found).mean())
 
 
 def has_range(steering: Steering) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.contrast import PRESETS
-from edge_steer.evaluate.metrics import chosen, log_softmax, plain_tokens, shared_prefix
+from edge_steer.measure.metrics import chosen, log_softmax, plain_tokens, shared_prefix
 from edge_steer.runtime.llama import SteeredLlama
 
 

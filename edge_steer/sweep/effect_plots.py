@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_steer.evaluate.budget import Budget
-from edge_steer.evaluate.figures import Figures
-from edge_steer.evaluate.plots import COLOURS, new_figure
-from edge_steer.evaluate.sweep import Curve
-from edge_steer.evaluate.sweep_files import is_safe
+from edge_steer.sweep.budget import Budget
+from edge_steer.sweep.layer_plot import COLOURS, new_figure
+from edge_steer.sweep.point_metrics import Figures
+from edge_steer.sweep.sweep import Curve
+from edge_steer.sweep.tables import is_safe
 from edge_steer.whole_file import whole_file
 
 MARKERS = "osD^vP"

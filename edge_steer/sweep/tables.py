@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_steer.evaluate.figures import Figures
-from edge_steer.evaluate.plots import alignment
-from edge_steer.evaluate.sweep import Curve
+from edge_steer.sweep.layer_plot import alignment
+from edge_steer.sweep.point_metrics import Figures
+from edge_steer.sweep.sweep import Curve
 from edge_steer.whole_file import whole_file
 
 

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.calibrate import Mask, calibrate
+from edge_steer.calibrate.dial import Dial, dial_at, with_dials
+from edge_steer.calibrate.planes import Mask
+from edge_steer.calibrate.steering import calibrate
 from edge_steer.calibrate.sums import Recorder, Step
 from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.dial import Dial, Divergence, dial_at, with_dials
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import log_softmax, probe_gaps
-from edge_steer.evaluate.model import MeasuredModel, turn
+from edge_steer.measure.divergence import Divergence
+from edge_steer.measure.evaluation_set import spread
+from edge_steer.measure.measured_model import MeasuredModel, turn
+from edge_steer.measure.metrics import log_softmax, probe_gaps
 from edge_steer.sites import Architecture, architecture
 from edge_steer.steering import Operator, Steering
 

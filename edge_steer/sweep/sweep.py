@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from edge_steer.errors import SteerError
-from edge_steer.evaluate import parts
-from edge_steer.evaluate.budget import Budget, SafeRange, best, safe_range
-from edge_steer.evaluate.figures import Figures, Half, figures
-from edge_steer.evaluate.journal import Journal, Place
-from edge_steer.evaluate.material import Material
-from edge_steer.evaluate.parts import Bench, Part
-from edge_steer.evaluate.search import Effort, Gauge, search, sharpest_bend
+from edge_steer.measure.evaluation_set import Material
 from edge_steer.steering import Steering
+from edge_steer.sweep import measurements
+from edge_steer.sweep.budget import Budget, SafeRange, best, safe_range
+from edge_steer.sweep.journal import Journal, Place
+from edge_steer.sweep.measurements import Bench, Part
+from edge_steer.sweep.point_metrics import Figures, Half, figures
+from edge_steer.sweep.search import Effort, Gauge, search, sharpest_bend
 
 # Counts up where a part's numbers change their meaning, so that no journal mixes two.
 VERSION = 1
@@ -177,16 +177,16 @@ class Sweep:
 
     def _place(self, steering: Steering, dial: float | None, name: str) -> Place:
         """Off, only what looks along a direction differs between steerings."""
-        shared = dial is None and name in parts.MODEL_PARTS
+        shared = dial is None and name in measurements.MODEL_PARTS
         return Place(None if shared else steering.fingerprint, dial, name)
 
     def _measure(self, steering: Steering, dial: float | None, name: str) -> Part:
         if name == "reading":
             written = self.journal[self._place(steering, dial, "answers")]["tokens"]
-            return parts.reading(self.bench, steering, written)
+            return measurements.reading(self.bench, steering, written)
         if name == "held_out":
-            return parts.held_out(self.bench, steering, dial)
-        return parts.MODEL_PARTS[name](self.bench, steering.name if dial is not None else None, dial)
+            return measurements.held_out(self.bench, steering, dial)
+        return measurements.MODEL_PARTS[name](self.bench, steering.name if dial is not None else None, dial)
 
 
 PARTS = ("probes", "held_out", "text", "questions", "answers", "reading")

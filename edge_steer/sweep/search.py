@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_steer.evaluate.budget import Budget
-from edge_steer.evaluate.figures import Figures
 from edge_steer.steering import Operator
+from edge_steer.sweep.budget import Budget
+from edge_steer.sweep.point_metrics import Figures
 
 # How far beyond the budget curves are followed, so that a plot shows where they go.
 BEYOND = 4.0
