@@ -14,9 +14,9 @@ from edge_steer.steering import Steering
 
 # KL from unsteered on neutral text, nats per token, at the ends of a provisional range. A sweep allows 0.25, which is
 # about twice the angle.
-TARGET = 0.08
+TARGET_KL = 0.08
 # As near to the target as the dial is looked for.
-CLOSE = 0.2
+TOLERANCE = 0.2
 # Where to look first, in degrees: at norms a dial is some ten times as large as in the residual stream.
 _FIRST_AT_NORMS, _FIRST_IN_STREAM = 12.0, 1.5
 _MOST, _TRIES = 90.0, 12
@@ -24,7 +24,7 @@ _WITH_RANGE = ("selective", "addition")
 
 
 @dataclass(frozen=True)
-class Dial:
+class DialPosition:
     """A position and the divergence from unsteered measured there, nats per token."""
 
     angle: float
@@ -36,10 +36,10 @@ def has_range(steering: Steering) -> bool:
     return steering.operator in _WITH_RANGE
 
 
-def dial_at(
-    divergence: Divergence, steering: Steering, sign: int, *, first: float | None = None, target: float = TARGET
-) -> Dial:
-    """The dial on one side of off at which the divergence is `target` to within CLOSE; at most 90 degrees.
+def find_dial(
+    divergence: Divergence, steering: Steering, sign: int, *, first: float | None = None, target: float = TARGET_KL
+) -> DialPosition:
+    """The dial on one side of off at which the divergence is `target` to within TOLERANCE; at most 90 degrees.
 
     first: where to look first, above 0. The divergence grows as a power of the angle between 1 and 2, so
     θ ← θ √(target/KL), and between two angles around the target as the straight line in logarithms.
@@ -50,14 +50,14 @@ def dial_at(
     most = _MOST * scale
     in_stream = steering.steered[0].kind == "layer_out"
     angle = (_FIRST_IN_STREAM if in_stream else _FIRST_AT_NORMS) * scale if first is None else first
-    below: Dial | None = None
-    above: Dial | None = None
-    best: Dial | None = None
+    below: DialPosition | None = None
+    above: DialPosition | None = None
+    best: DialPosition | None = None
     for _ in range(_TRIES):
-        found = Dial(sign * angle, divergence.at(steering.name, sign * angle))
+        found = DialPosition(sign * angle, divergence.at(steering.name, sign * angle))
         if best is None or _miss(found, target) < _miss(best, target):
             best = found
-        if _miss(found, target) <= math.log(1 + CLOSE) or (found.kl < target and angle >= most):
+        if _miss(found, target) <= math.log(1 + TOLERANCE) or (found.kl < target and angle >= most):
             break
         if found.kl < target:
             below = found
@@ -78,11 +78,11 @@ def dial_at(
     return best
 
 
-def _miss(dial: Dial, target: float) -> float:
+def _miss(dial: DialPosition, target: float) -> float:
     return abs(math.log(max(dial.kl, 1e-12) / target))
 
 
-def with_dials(steering: Steering, low: Dial, high: Dial) -> Steering:
+def with_provisional_range(steering: Steering, low: DialPosition, high: DialPosition) -> Steering:
     """The steering with a provisional range, and its upper end as the default."""
     low_angle, high_angle = (float(f"{dial.angle:.3g}") for dial in (low, high))
     return steering.with_(angle=high_angle, angle_min=low_angle, angle_max=high_angle, provisional=True)

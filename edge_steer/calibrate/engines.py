@@ -18,14 +18,14 @@ _MEASURED_CONTEXT = 1024
 class CalibrationEngine(Protocol):
     """Records prompts at sites of a model, and opens it with steerings to be measured."""
 
-    def recorder(self, sites: str) -> Recorder: ...
+    def open_recorder(self, sites: str) -> Recorder: ...
 
     def uses_plain_template(self) -> bool: ...
 
-    def unsteered(self) -> MeasuredModel:
+    def unsteered_model(self) -> MeasuredModel:
         """The model that records."""
 
-    def open(self, steerings: Sequence[Steering]) -> MeasuredModel:
+    def open_steered(self, steerings: Sequence[Steering]) -> MeasuredModel:
         """The model with `steerings`, all off. What the recorder holds may be freed: it has recorded."""
 
     def close(self) -> None: ...
@@ -39,7 +39,7 @@ class NativeEngine:
     parameters: dict[str, Any] = field(default_factory=dict)
     _opened: Any = None
 
-    def recorder(self, sites: str) -> Recorder:
+    def open_recorder(self, sites: str) -> Recorder:
         from edge_steer.calibrate.native_recorder import NativeRecorder
 
         self._opened = NativeRecorder(self.path, sites=sites, **self.parameters)
@@ -49,11 +49,11 @@ class NativeEngine:
     def uses_plain_template(self) -> bool:
         return bool(self._opened.uses_plain_template)
 
-    def unsteered(self) -> MeasuredModel:
+    def unsteered_model(self) -> MeasuredModel:
         model: MeasuredModel = self._opened.model
         return model
 
-    def open(self, steerings: Sequence[Steering]) -> MeasuredModel:
+    def open_steered(self, steerings: Sequence[Steering]) -> MeasuredModel:
         from edge_steer.runtime.llama import SteeredLlama
 
         self.close()
@@ -81,7 +81,7 @@ class TorchEngine:
     parameters: dict[str, Any] = field(default_factory=dict)
     _recorder: Any = None
 
-    def recorder(self, sites: str) -> Recorder:
+    def open_recorder(self, sites: str) -> Recorder:
         from edge_steer.calibrate.torch_recorder import TorchRecorder
 
         self._recorder = TorchRecorder.load(self.path, sites=sites, **self.parameters)
@@ -91,10 +91,10 @@ class TorchEngine:
     def uses_plain_template(self) -> bool:
         return bool(self._recorder.uses_plain_template)
 
-    def unsteered(self) -> MeasuredModel:
-        return self.open(())
+    def unsteered_model(self) -> MeasuredModel:
+        return self.open_steered(())
 
-    def open(self, steerings: Sequence[Steering]) -> MeasuredModel:
+    def open_steered(self, steerings: Sequence[Steering]) -> MeasuredModel:
         return TorchModel(self._recorder, steerings)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
-from edge_steer.calibrate.directions import SMALLEST, axes_at, directions, without
+from edge_steer.calibrate.directions import SMALLEST, axes_at, compute_directions, project_out
 from edge_steer.calibrate.planes import (
     MASKS,
     Mask,
@@ -23,9 +23,9 @@ from edge_steer.calibrate.planes import (
     discriminative,
     global_plane,
     local_planes,
-    oriented,
+    orient_plane,
     reference_site,
-    steered,
+    select_sites,
 )
 from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.errors import SteerError
@@ -86,17 +86,17 @@ def calibrate(
     if mask is None:
         mask = "layer" if plane == "global" and operator not in ("standard", "adaptive") else "all"
 
-    of_kind, chosen = chosen_sites(recorder, plane, kinds, layers)
+    of_kind, chosen = filter_sites(recorder, plane, kinds, layers)
     recorded = tuple(recorder.sites[number] for number in of_kind)
     positive, negative = (_sums(recorder, each, step).at(of_kind) for each in (prompts.positive, prompts.negative))
-    found = directions(recorded, positive, negative)
+    found = compute_directions(recorded, positive, negative)
     kept, unit = found.kept, found.unit
     for number in sorted(set(range(len(recorded))) - set(kept.tolist())):
         note(f"{recorded[number]} is left out: both classes have the same mean activation there")
     if orthogonal_to:
         sites = tuple(recorded[number] for number in kept)
         axes = [_axis(recorder, each, of_kind[kept], sites, step) for each in orthogonal_to]
-        unit, apart = without(unit, axes)
+        unit, apart = project_out(unit, axes)
         kept = kept[apart]
     inside = np.isin(of_kind[kept], chosen)
     if not inside.any():
@@ -127,9 +127,9 @@ def calibrate(
     positive, negative = positive.at(kept), negative.at(kept)
     mean = (positive.mean + negative.mean) / 2
     b1 = np.broadcast_to(basis[:, 0], mean.shape)
-    on = steered(mask, discriminative(positive, negative, b1), sites, recorded)
+    on = select_sites(mask, discriminative(positive, negative, b1), sites, recorded)
     if plane == "global" and RANK[operator] == 2:
-        basis = oriented(basis[0], mean[on].mean(0))[None]
+        basis = orient_plane(basis[0], mean[on].mean(0))[None]
     mean_norm = (positive.norm + negative.norm) / (positive.count + negative.count)
 
     return Steering(
@@ -161,7 +161,7 @@ def calibrate(
     )
 
 
-def chosen_sites(
+def filter_sites(
     recorder: Recorder, plane: Plane, kinds: Collection[str] | None, layers: tuple[int, int] | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Which of the recorded sites are of `kinds`, and which of those are in `layers`, as `calibrate` takes both."""
@@ -191,7 +191,7 @@ def _sums(recorder: Recorder, prompts: Sequence[Prompt], step: Step) -> ClassSum
     sums = recorder.sums(prompts, step)
     if architecture is None or not architecture.layer_norm:
         return sums
-    return sums.centred(np.array([site.kind == "layer_out" for site in recorder.sites]))
+    return sums.subtract_mean(np.array([site.kind == "layer_out" for site in recorder.sites]))
 
 
 def _axis(
@@ -203,7 +203,7 @@ def _axis(
         return axes_at(sites, of)
     few = of.first(AXIS_PROMPTS)
     positive, negative = (_sums(recorder, each, step).at(at) for each in (few.positive, few.negative))
-    found = directions(sites, positive, negative)
+    found = compute_directions(sites, positive, negative)
     axis = np.zeros((len(sites), recorder.base.embedding_length))
     axis[found.kept] = found.unit
     return axis

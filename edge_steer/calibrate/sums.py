@@ -64,7 +64,7 @@ class ClassSums:
         rows = self.rows[:, index] if len(self.rows) else self.rows
         return ClassSums(self.count, self.h[index], self.unit[index], self.norm[index], rows)
 
-    def centred(self, where: NDArray[np.bool_]) -> ClassSums:
+    def subtract_mean(self, where: NDArray[np.bool_]) -> ClassSums:
         """Σh with its mean over the d elements taken off at the sites `where`: what a LayerNorm sees of h."""
         h = np.where(where[:, None], self.h - self.h.mean(-1, keepdims=True), self.h)
         return ClassSums(self.count, h, self.unit, self.norm, self.rows)

@@ -122,7 +122,7 @@ def calibrate(
     edge-steer calibrate -m smollm2-135m --preset sentiment -o happy.gguf
     edge-steer calibrate -m model.gguf --positive formal.txt --negative casual.txt -o formal.gguf
     """
-    from edge_steer.calibrate.pipeline import Wishes, calibrated
+    from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
     from edge_steer.cli.progress import bar
     from edge_steer.contrast import load_preset, prompt_set
 
@@ -135,7 +135,7 @@ def calibrate(
         prompts = prompt_set(positive, negative, target.stem)
     else:
         raise click.UsageError(f"expected --positive and --negative, got no --{'negative' if positive else 'positive'}")
-    wishes = Wishes(
+    wanted = CalibrationOptions(
         operator=operator, plane=plane, sites=sites, layers=_layers(layers), mask=mask,
         orthogonal_to=_axes(orthogonal_to, preset), dial=not no_dial,
     )  # fmt: skip
@@ -144,8 +144,8 @@ def calibrate(
         seed=seed,
         chat_template=chat_template,
     )  # fmt: skip
-    steering = calibrated(
-        engine, prompts.first(limit) if limit else prompts, wishes, name=name or target.stem, progress=bar,
+    steering = calibrate_model(
+        engine, prompts.first(limit) if limit else prompts, wanted, name=name or target.stem, progress=bar,
         note=options.note,
     )  # fmt: skip
     steering.save(target, force=force)

@@ -33,20 +33,20 @@ def demo(
     import textwrap
 
     from edge_steer.calibrate.engines import NativeEngine
-    from edge_steer.calibrate.pipeline import Wishes, calibrated
+    from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
     from edge_steer.cli.progress import bar
     from edge_steer.contrast import load_preset
     from edge_steer.measure.metrics import probe_gaps
     from edge_steer.registry import cache_dir
-    from edge_steer.runtime.chat import Sampling, answered
+    from edge_steer.runtime.chat import Sampling, generate_answer
     from edge_steer.runtime.llama import SteeredLlama
 
     path, parameters = options.run_parameters(
         model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
     )
     prompts = load_preset(PRESET)
-    steering = calibrated(
-        NativeEngine(path, parameters), prompts, Wishes(orthogonal_to=None), name=PRESET, progress=bar
+    steering = calibrate_model(
+        NativeEngine(path, parameters), prompts, CalibrationOptions(orthogonal_to=None), name=PRESET, progress=bar
     )
     kept = cache_dir() / f"demo-{PRESET}.gguf"
     steering.save(kept, force=True)
@@ -67,7 +67,7 @@ def demo(
         click.secho(f"\n{prompt}", bold=True)
         for dial, name in dials:
             llm.angle = dial
-            answer = answered(llm, [{"role": "user", "content": prompt}], sampling)
+            answer = generate_answer(llm, [{"role": "user", "content": prompt}], sampling)
             text = answer.text if answer.generated_tokens < LONGEST else _cut(answer.text)
             head = f"  {'' if dial is None else f'{dial:+.3g}°':>6} {name:<9} "
             lines = textwrap.wrap(" ".join(text.split()), width - len(head)) or [""]

@@ -45,7 +45,7 @@ def generate(
     from functools import partial
 
     from edge_steer.contrast import Prompt
-    from edge_steer.runtime.chat import answered, silent
+    from edge_steer.runtime.chat import generate_answer, silent
 
     asked = Prompt(_standard_input() if prompt == "-" else prompt, system=system)
     llm = options.open_model(
@@ -53,7 +53,7 @@ def generate(
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
     )  # fmt: skip
     say = silent if as_json else partial(click.echo, nl=False)
-    answer = answered(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
+    answer = generate_answer(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
     if not answer.generated_tokens:
         options.note("the answer is empty: the model ended it with its first token")
     if not as_json:

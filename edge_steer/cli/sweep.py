@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from edge_steer.contrast import Probe, PromptSet
     from edge_steer.steering import Steering
     from edge_steer.sweep.budget import Budget
-    from edge_steer.sweep.point_metrics import Figures
-    from edge_steer.sweep.sweep import Curve
+    from edge_steer.sweep.curve import Curve
+    from edge_steer.sweep.point_metrics import PointMetrics
 
 # Texts here are short; a longer context costs memory only.
 CONTEXT = 1024
@@ -86,14 +86,14 @@ def sweep(
     from edge_steer.contrast import read_probes
     from edge_steer.errors import SteerError
     from edge_steer.gguf_metadata import read_gguf
-    from edge_steer.measure.evaluation_set import QUICK, Amounts, material
+    from edge_steer.measure.evaluation_set import QUICK_SIZES, EvaluationSizes, build_evaluation_set
     from edge_steer.steering import save_all
     from edge_steer.sweep.budget import Budget
+    from edge_steer.sweep.curve import with_safe_range
     from edge_steer.sweep.journal import Journal
-    from edge_steer.sweep.measurements import Bench
-    from edge_steer.sweep.search import QUICK as QUICK_EFFORT
-    from edge_steer.sweep.search import Effort
-    from edge_steer.sweep.sweep import Sweep, settings, with_range
+    from edge_steer.sweep.measurements import ModelUnderTest
+    from edge_steer.sweep.search import QUICK_SIZE, SweepSize
+    from edge_steer.sweep.sweep import Sweep, journal_settings
 
     begun = time.monotonic()
     if (steering is None) == (methods is None):
@@ -123,28 +123,28 @@ def sweep(
         raise click.UsageError(f"--write stores a range around off; {refused[0].operator} has none")
     if write and read_gguf(Path(str(steering)), lambda key: key == "steering.count").tensors:
         raise SteerError(f"{steering} is a model that embeds a steering; --write needs a steering file of its own")
-    amounts = QUICK if quick else Amounts()
-    measured_on = material(amounts, own_probes or known_probes, held_out)
+    sizes = QUICK_SIZES if quick else EvaluationSizes()
+    measured_on = build_evaluation_set(sizes, own_probes or known_probes, held_out)
     if not measured_on.probes:
         options.note("no probes are known for these prompts: the effect is read in the answers; see --probes")
     llm = _model(path, steerings, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal.open(
-        folder / "points.jsonl", settings(Path(path), measured_on, steerings, "all"), force=force
+        folder / "points.jsonl", journal_settings(Path(path), measured_on, steerings, "all"), force=force
     )  # fmt: skip
     if len(journal):
         options.note(f"{folder} holds {len(journal)} measurements of this sweep; it goes on from there")
     budget = Budget(kl=max_kl, retention=min_retention, errors=2.0, repetition_errors=1.0)
-    effort = QUICK_EFFORT if quick else Effort()
-    run = Sweep(Bench(llm, measured_on), journal, budget, tell=_told)
+    size = QUICK_SIZE if quick else SweepSize()
+    run = Sweep(ModelUnderTest(llm, measured_on), journal, budget, report=_print_position)
     try:
-        curves = [run.curve(each, effort, dials) for each in steerings]
+        curves = [run.measure_curve(each, size, dials) for each in steerings]
     except KeyboardInterrupt:
         options.note(f"stopped; the same command goes on from the {len(journal)} measurements in {folder}")
         raise
     about = {
         "model": Path(path).name,
-        "amounts": vars(amounts),
+        "amounts": vars(sizes),
         "material_sha256": measured_on.sha256,
         "budget": vars(budget),
         "seconds": round(time.monotonic() - begun, 1),
@@ -152,7 +152,7 @@ def sweep(
     _write_outputs(curves, budget, about, folder)
     if write:
         assert steering is not None
-        save_all([with_range(curve) for curve in curves], steering, force=True)
+        save_all([with_safe_range(curve) for curve in curves], steering, force=True)
         options.note(f"stored the safe range in {steering}")
     if as_json:
         click.echo((folder / "sweep.json").read_text(encoding="utf-8"), nl=False)
@@ -193,12 +193,12 @@ def _from_file(
 ) -> tuple[list[Steering], PromptSet | None, tuple[Probe, ...]]:
     """The steerings in a file, held-out prompts, and probes: those of the preset given, or calibrated on."""
     from edge_steer.contrast import load_preset, prompt_set
-    from edge_steer.measure.evaluation_set import preset_of
+    from edge_steer.measure.evaluation_set import find_preset
     from edge_steer.steering import Steering
 
     steerings = Steering.load_all(file)
     held_out = prompt_set(positive, negative, "held-out") if positive and negative else None
-    known = load_preset(preset) if preset else preset_of(steerings[0])
+    known = load_preset(preset) if preset else find_preset(steerings[0])
     return steerings, held_out, known.probes if known else ()
 
 
@@ -238,11 +238,11 @@ def _calibrated(
 ) -> list[Steering]:
     """A steering a method, from one recording; kept in the folder, for the next run and for use."""
     from edge_steer.calibrate import passes
-    from edge_steer.calibrate.cached_recorder import Remembered
+    from edge_steer.calibrate.cached_recorder import CachedRecorder
     from edge_steer.calibrate.native_recorder import NativeRecorder
     from edge_steer.cli.progress import bar
     from edge_steer.steering import Steering, save_all
-    from edge_steer.sweep.methods import RECORDED, calibrated, check_methods
+    from edge_steer.sweep.methods import RECORDED_SITES, calibrate_methods, check_methods
 
     check_methods(methods)
     kept = folder / "methods.gguf"
@@ -251,8 +251,12 @@ def _calibrated(
         if {each.name for each in found if each.made.prompts_sha256 == prompts.sha256} == set(methods):
             return found
     with bar("recording", passes(prompts)) as step:
-        made = calibrated(
-            Remembered(NativeRecorder(path, sites=RECORDED, **parameters)), prompts, methods, step, options.note
+        made = calibrate_methods(
+            CachedRecorder(NativeRecorder(path, sites=RECORDED_SITES, **parameters)),
+            prompts,
+            methods,
+            step,
+            options.note,
         )
     folder.mkdir(parents=True, exist_ok=True)
     save_all(made, kept, force=True)
@@ -277,7 +281,7 @@ def _model(path: str, steerings: Sequence[Steering], parameters: dict[str, Any])
 # --- what comes of it -----------------------------------------------------------------------------------------------
 
 
-def _told(name: str, at: Figures) -> None:
+def _print_position(name: str, at: PointMetrics) -> None:
     """One line a position, as it is done."""
     where = "off" if at.dial is None else f"{at.dial:+g}"
     effect = "" if at.effect is None else f"  effect {at.effect:+.3f}"
@@ -288,8 +292,8 @@ def _told(name: str, at: Figures) -> None:
 
 def _write_outputs(curves: Sequence[Curve], budget: Budget, about: dict[str, Any], folder: Path) -> None:
     from edge_steer.errors import SteerError
-    from edge_steer.sweep.effect_plots import by_dial, effect_against_damage
-    from edge_steer.sweep.layer_plot import layer_map
+    from edge_steer.sweep.effect_plots import plot_by_dial, plot_effect_against_damage
+    from edge_steer.sweep.layer_plot import plot_layers
     from edge_steer.sweep.tables import write_csv, write_json
 
     write_csv(curves, folder / "sweep.csv")
@@ -297,9 +301,9 @@ def _write_outputs(curves: Sequence[Curve], budget: Budget, about: dict[str, Any
     named = ", ".join(curve.steering.name for curve in curves)
     title = f"{named} on {about['model']}"
     try:
-        effect_against_damage(curves, budget, folder / "effect-damage.png", title)
-        by_dial(curves, budget, folder / "by-angle.png", title)
-        layer_map([curve.steering for curve in curves], folder / "layers.png", force=True)
+        plot_effect_against_damage(curves, budget, folder / "effect-damage.png", title)
+        plot_by_dial(curves, budget, folder / "by-angle.png", title)
+        plot_layers([curve.steering for curve in curves], folder / "layers.png", force=True)
     except SteerError as error:  # tables are worth having without pictures
         options.note(f"no pictures: {error}")
 
@@ -327,12 +331,10 @@ def _table(kind: Any, *titles: str) -> Any:
 
 
 def _positions(curve: Curve, kind: Any) -> Any:
-    from edge_steer.sweep.tables import is_safe
-
     made = _table(kind, "dial", "effect", "KL", "KL 99%", "perplexity", "questions", "repetition", "")
     rows = sorted([*curve.points, curve.off], key=lambda point: point.dial or 0.0)
     for at in rows:
-        safe = "safe" if is_safe(curve, at) else ""
+        safe = "safe" if curve.is_safe(at) else ""
         made.add_row(
             "off" if at.dial is None else f"{at.dial:+g}", _shown(at.effect, "+.3f"), _shown(at.kl, ".3f"),
             _shown(at.kl_p99, ".2f"), _shown(at.perplexity, ".1f"), _shown(at.retention, ".1%"),
@@ -343,26 +345,24 @@ def _positions(curve: Curve, kind: Any) -> Any:
 
 def _comparison(curves: Sequence[Curve], kind: Any) -> Any:
     made = _table(kind, "method", "largest −", "at", "largest +", "at", "both")
-    for curve in sorted(curves, key=lambda each: -each.both):
+    for curve in sorted(curves, key=lambda each: -each.both_effects):
         made.add_row(
             curve.steering.name,
-            _shown(curve.negative.effect, "+.3f"), _shown(curve.negative.dial, "+g"),
-            _shown(curve.positive.effect, "+.3f"), _shown(curve.positive.dial, "+g"),
-            f"{curve.both:.3f}",
+            _shown(curve.largest_negative.effect, "+.3f"), _shown(curve.largest_negative.dial, "+g"),
+            _shown(curve.largest_positive.effect, "+.3f"), _shown(curve.largest_positive.dial, "+g"),
+            f"{curve.both_effects:.3f}",
         )  # fmt: skip
     return made
 
 
 def _recommended(curve: Curve) -> str:
-    from edge_steer.sweep.effect_plots import unit
-
-    if curve.within is None:
+    if curve.safe_range is None:
         return f"{curve.steering.name}: no position is within the budget"
-    sign = unit(curve)
+    sign = curve.unit
     return (
-        f"{curve.steering.name}: recommended range {curve.within.low:+g}{sign} … {curve.within.high:+g}{sign} "
-        f"(limited by {curve.within.stopped_low} and {curve.within.stopped_high}); largest effect in it "
-        f"{curve.negative.effect or 0.0:+.3f} and {curve.positive.effect or 0.0:+.3f}"
+        f"{curve.steering.name}: recommended range {curve.safe_range.low:+g}{sign} … {curve.safe_range.high:+g}{sign} "
+        f"(limited by {curve.safe_range.stopped_low} and {curve.safe_range.stopped_high}); largest effect in it "
+        f"{curve.largest_negative.effect or 0.0:+.3f} and {curve.largest_positive.effect or 0.0:+.3f}"
     )
 
 

@@ -11,7 +11,8 @@ import click
 from edge_steer.cli import options
 
 if TYPE_CHECKING:
-    from edge_steer.verify.verification import Comparison, Distance, Verification
+    from edge_steer.verify.comparison import Comparison, Distance
+    from edge_steer.verify.verification import Verification
 
 
 @click.command()

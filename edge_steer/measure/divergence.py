@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.contrast import neutral_passages
-from edge_steer.measure.evaluation_set import spread
-from edge_steer.measure.measured_model import MeasuredModel, turn
+from edge_steer.measure.evaluation_set import pick_evenly
+from edge_steer.measure.measured_model import MeasuredModel, set_dial
 from edge_steer.measure.metrics import log_softmax, plain_tokens
 
 PASSAGES, LENGTH = 4, 32
@@ -23,7 +23,7 @@ KEPT = 16384
 
 
 @dataclass(frozen=True, eq=False)
-class Expected:
+class ReferenceDistribution:
     """What a model expects next at n places: its K likeliest tokens, and the mass of all others as one.
 
     tokens: (n, K) int32. log_p: (n, K) float32. rest: (n,) float64, the log-probability of all other tokens together;
@@ -35,7 +35,7 @@ class Expected:
     rest: NDArray[np.float64]
 
     @classmethod
-    def of(cls, log_p: NDArray[np.float32], keep: int = KEPT) -> Expected:
+    def of(cls, log_p: NDArray[np.float32], keep: int = KEPT) -> ReferenceDistribution:
         """Of log-probabilities (n, V)."""
         keep = min(keep, log_p.shape[-1])
         tokens = np.argpartition(-log_p, keep - 1, axis=-1)[:, :keep].astype(np.int32)
@@ -71,14 +71,14 @@ class Divergence:
 
     def __init__(self, model: MeasuredModel, texts: Sequence[str] | None = None) -> None:
         self._model = model
-        texts = spread(neutral_passages(), PASSAGES) if texts is None else texts
+        texts = pick_evenly(neutral_passages(), PASSAGES) if texts is None else texts
         self._tokens = [plain_tokens(model, text)[: min(LENGTH + 1, model.n_ctx())] for text in texts]
-        turn(model, None, None)
-        self._expected = [Expected.of(log_softmax(model.logits(tokens, 1))) for tokens in self._tokens]
+        set_dial(model, None, None)
+        self._expected = [ReferenceDistribution.of(log_softmax(model.logits(tokens, 1))) for tokens in self._tokens]
 
     def at(self, name: str, angle: float) -> float:
         """With the steering `name` at `angle` and all others off."""
-        turn(self._model, name, angle)
+        set_dial(self._model, name, angle)
         found = [
             expected.divergence(log_softmax(self._model.logits(tokens, 1)))
             for expected, tokens in zip(self._expected, self._tokens, strict=True)

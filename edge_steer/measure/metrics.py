@@ -6,6 +6,7 @@ Letters: n tokens, V vocabulary. Log-probabilities are natural logarithms.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +15,23 @@ from edge_steer.contrast import Probe
 from edge_steer.errors import SteerError
 from edge_steer.measure.measured_model import MeasuredModel
 
+Float = TypeVar("Float", np.float32, np.float64)
 
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities (n, V) of logits (n, V)."""
-    shifted: NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:
+    """Log-probabilities (n, V) of logits (n, V), in their type. float64: the KL of two exact engines is below what
+    float32 resolves."""
+    shifted: NDArray[Float] = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(shifted.dtype)
     return shifted
 
 
 def log_probabilities(llm: MeasuredModel, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
     """Log-probability of each of tokens[start:], given those before it, under the dials as they stand."""
-    return chosen(log_softmax(llm.logits(tokens, start)), tokens[start:])
+    return pick_log_probabilities(log_softmax(llm.logits(tokens, start)), tokens[start:])
 
 
-def chosen(log_p: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:
+def pick_log_probabilities(log_p: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:
     """The log-probability of each of `tokens` (n,) in its row of log_p (n, V)."""
     picked: NDArray[np.float32] = log_p[np.arange(len(tokens)), np.asarray(tokens)]
     return picked

@@ -1,6 +1,6 @@
 """What a sweep has measured so far: JSON lines, written as they come, read back when it goes on.
 
-The first line says what was measured on what; each other line is one part at one position of one curve.
+The first line says what was measured on what; each other line is one measurement at one position of one curve.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge_steer.errors import SteerError
-from edge_steer.sweep.measurements import Part
+from edge_steer.sweep.measurements import RawMeasurement
 from edge_steer.whole_file import whole_file
 
 
-class Place(NamedTuple):
-    """curve: the steering's fingerprint; None where the part is the same for all, as everything off is that does not
-    look along a direction. dial: None is off."""
+class JournalKey(NamedTuple):
+    """curve: the steering's fingerprint; None where the measurement is the same for all, as everything off is that does
+    not look along a direction. dial: None is off."""
 
     curve: str | None
     dial: float | None
@@ -24,10 +24,10 @@ class Place(NamedTuple):
 
 
 class Journal:
-    """Parts by place, in memory and in the file. Made by `open`."""
+    """Raw measurements by key, in memory and in the file. Made by `open`."""
 
-    def __init__(self, path: Path, parts: dict[Place, Part]) -> None:
-        self._path, self._parts = path, parts
+    def __init__(self, path: Path, measurements: dict[JournalKey, RawMeasurement]) -> None:
+        self._path, self._measurements = path, measurements
 
     @classmethod
     def open(cls, path: Path, settings: dict[str, Any], *, force: bool = False) -> Journal:
@@ -40,16 +40,9 @@ class Journal:
                 part.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
             return cls(path, {})
         text = path.read_text(encoding="utf-8", errors="replace")
-        # A line that a stop cut short: its part is measured again.
+        # A line that a stop cut short: what it held is measured again.
         whole = text[: text.rfind("\n") + 1]
-        lines = whole.splitlines()
-        try:
-            before, *records = map(json.loads, lines)
-            parts = {Place(each["curve"], each["dial"], each["part"]): each["value"] for each in records}
-        except (ValueError, KeyError, TypeError):
-            raise SteerError(
-                f"{path}: expected a sweep's journal, got something else; give another -o folder"
-            ) from None
+        before, measurements = _parse(whole, path)
         if before != settings:
             differing = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
             raise SteerError(
@@ -59,27 +52,38 @@ class Journal:
         if whole != text:
             with whole_file(path, force=True) as part:
                 part.write_text(whole, encoding="utf-8")
-        return cls(path, parts)
+        return cls(path, measurements)
 
-    def __contains__(self, place: Place) -> bool:
-        return place in self._parts
+    def __contains__(self, key: JournalKey) -> bool:
+        return key in self._measurements
 
-    def __getitem__(self, place: Place) -> Part:
-        return self._parts[place]
+    def __getitem__(self, key: JournalKey) -> RawMeasurement:
+        return self._measurements[key]
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._measurements)
 
-    def put(self, place: Place, value: Part) -> None:
-        """Remember a part; on return it is in the file."""
-        line = json.dumps({**place._asdict(), "value": value}, ensure_ascii=False)
+    def put(self, key: JournalKey, value: RawMeasurement) -> None:
+        """Remember a measurement; on return it is in the file."""
+        line = json.dumps({**key._asdict(), "value": value}, ensure_ascii=False)
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise SteerError(f"cannot write {self._path}: {error.strerror or error}; make room and run again") from None
-        self._parts[place] = value
+        self._measurements[key] = value
 
     def dials(self, curve: str) -> list[float]:
         """The positions of a curve at which something was measured, sorted."""
-        return sorted({place.dial for place in self._parts if place.curve == curve and place.dial is not None})
+        return sorted({key.dial for key in self._measurements if key.curve == curve and key.dial is not None})
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[JournalKey, RawMeasurement]]:
+    """The settings and the measurements in a journal's lines."""
+    try:
+        settings, *records = map(json.loads, text.splitlines())
+        if not isinstance(settings, dict):
+            raise ValueError("the first line is no object")
+        return settings, {JournalKey(each["curve"], each["dial"], each["part"]): each["value"] for each in records}
+    except (ValueError, KeyError, TypeError):
+        raise SteerError(f"{path}: expected a sweep's journal, got something else; give another -o folder") from None

@@ -1,4 +1,4 @@
-"""The sweep: every curve's positions measured one after the other, each part kept as soon as it is known.
+"""The sweep: every curve's positions measured one after the other, each measurement kept as soon as it is known.
 
 What is measured at a position, and why in two steps: the probe gap and the divergence on neutral text are cheap and
 come first; questions, answers and their reading follow where a budget needs them.
@@ -7,73 +7,47 @@ come first; questions, answers and their reading follow where a budget needs the
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_steer.errors import SteerError
-from edge_steer.measure.evaluation_set import Material
+from edge_steer.measure.evaluation_set import EvaluationSet
 from edge_steer.steering import Steering
-from edge_steer.sweep import measurements
-from edge_steer.sweep.budget import Budget, SafeRange, best, safe_range
-from edge_steer.sweep.journal import Journal, Place
-from edge_steer.sweep.measurements import Bench, Part
-from edge_steer.sweep.point_metrics import Figures, Half, figures
-from edge_steer.sweep.search import Effort, Gauge, search, sharpest_bend
+from edge_steer.sweep.budget import Budget, find_largest_effects, find_safe_range
+from edge_steer.sweep.curve import Curve
+from edge_steer.sweep.journal import Journal, JournalKey
+from edge_steer.sweep.measurements import (
+    MODEL_MEASUREMENTS,
+    ModelUnderTest,
+    RawMeasurement,
+    measure_held_out,
+    measure_reading,
+)
+from edge_steer.sweep.point_metrics import ItemHalf, PointMetrics, compute_metrics
+from edge_steer.sweep.search import PointMeasurer, SweepSize, find_sharpest_bend, search_dials
 
-# Counts up where a part's numbers change their meaning, so that no journal mixes two.
+# Counts up where a measurement's numbers change their meaning, so that no journal mixes two.
 VERSION = 1
 
-Tell = Callable[[str, Figures], object]
+MEASUREMENTS = (*MODEL_MEASUREMENTS, "held_out", "reading")
+
+Report = Callable[[str, PointMetrics], object]
 
 
-def _silent(_: str, __: Figures) -> None:
+def _silent(_: str, __: PointMetrics) -> None:
     """No progress."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One steering, swept. `off` and `points` (by dial) are its figures; `centre` is where its range lies around.
-
-    within: the safe range, None where there is none. Positions measured in part are among the points.
-    """
-
-    steering: Steering
-    off: Figures
-    points: tuple[Figures, ...]
-    centre: float
-    within: SafeRange | None
-    positive: Figures
-    negative: Figures
-
-    @property
-    def both(self) -> float:
-        """The largest effect in each direction within the budget, summed."""
-        return (self.positive.effect or 0.0) - (self.negative.effect or 0.0)
-
-
-def with_range(curve: Curve) -> Steering:
-    """The steering with its safe range stored, and half of its positive end (or negative, where that is 0) as default
-    dial where it has none but a provisional one.
-
-    Raises SteerError where no position but off is within the budget.
-    """
-    steering, within = curve.steering, curve.within
-    if within is None or within.low == within.high:
-        raise SteerError(f"steering {steering.name!r}: expected a safe range to store, got none within the budget")
-    given = not math.isnan(steering.angle) and not steering.provisional
-    default = steering.angle if given else (within.high or within.low) / 2
-    return steering.with_(angle_min=within.low, angle_max=within.high, angle=default, provisional=False)
-
-
-def settings(model: Path, material: Material, steerings: Sequence[Steering], scope: str) -> dict[str, Any]:
+def journal_settings(
+    model: Path, evaluation_set: EvaluationSet, steerings: Sequence[Steering], scope: str
+) -> dict[str, Any]:
     """All that would change a result, for the journal."""
     return {
         "version": VERSION,
         "model": model_fingerprint(model),
-        "material": material.sha256,
+        "material": evaluation_set.sha256,
         "scope": scope,
         "steerings": {steering.name: steering.fingerprint for steering in steerings},
     }
@@ -92,101 +66,99 @@ def model_fingerprint(path: Path) -> str:
 
 @dataclass
 class Sweep:
-    """Measures steerings on a bench, and remembers in a journal. half: judge by one half of the items only.
+    """Measures steerings on a model, and remembers in a journal. half: judge by one half of the items only.
 
-    tell: called with a steering's name and its figures as each position is done.
+    report: called with a steering's name and its metrics as each position is done.
     """
 
-    bench: Bench
+    model: ModelUnderTest
     journal: Journal
     budget: Budget
-    half: Half = None
-    tell: Tell = _silent
+    half: ItemHalf = None
+    report: Report = _silent
 
-    def curve(self, steering: Steering, effort: Effort, dials: Sequence[float] = ()) -> Curve:
-        """One steering, at the dials given, else where `search` looks."""
-        off = self.at(steering, None, whole=True)
+    def measure_curve(self, steering: Steering, size: SweepSize, dials: Sequence[float] = ()) -> Curve:
+        """One steering, at the dials given, else where `search_dials` looks."""
+        off = self.measure_at(steering, None, complete=True)
         if not off.accuracy:
             raise SteerError("expected a model that answers some of the questions unsteered, got none right")
-        gauge = Gauge(
-            light=lambda dial: self.at(steering, dial),
-            whole=lambda dial: self.at(steering, dial, whole=True),
+        measurer = PointMeasurer(
+            measure_cheap=lambda dial: self.measure_at(steering, dial),
+            measure_all=lambda dial: self.measure_at(steering, dial, complete=True),
             off=off, budget=self.budget,
         )  # fmt: skip
-        centre = 0.0
         if dials:
             for dial in dials:
-                gauge.whole(dial)
-        else:
-            # How large a dial is differs by model; calibration has measured it.
-            step = min(-steering.angle_min, steering.angle_max) if steering.provisional else None
-            centre = search(gauge, steering.operator, effort, step)
-            for _ in range(effort.bends):
-                bend = sharpest_bend(self.points(steering), off, self.budget)
-                if bend is not None:
-                    gauge.light(bend)
-        return self.judged(steering, centre)
+                measurer.measure_all(dial)
+            return self.evaluate_curve(steering)
+        # How large a dial is differs by model; calibration has measured it.
+        step = min(-steering.angle_min, steering.angle_max) if steering.provisional else None
+        centre = search_dials(measurer, steering.operator, size, step)
+        for _ in range(size.bends):
+            bend = find_sharpest_bend(self.measured_points(steering), off, self.budget)
+            if bend is not None:
+                measurer.measure_cheap(bend)
+        return self.evaluate_curve(steering, centre)
 
-    def judged(self, steering: Steering, centre: float = 0.0, half: Half = None) -> Curve:
+    def evaluate_curve(self, steering: Steering, centre: float = 0.0, half: ItemHalf = None) -> Curve:
         """What has been measured of a steering, judged by all items or one half; nothing is run but what is off."""
         half = self.half if half is None else half
-        off, points = self.at(steering, None, whole=True, half=half), self.points(steering, half)
-        within = safe_range(points, off, self.budget, centre)
-        positive, negative = best(points, off, self.budget, within)
-        return Curve(steering, off, tuple(points), centre, within, positive, negative)
+        off, points = self.measure_at(steering, None, complete=True, half=half), self.measured_points(steering, half)
+        safe_range = find_safe_range(points, off, self.budget, centre)
+        positive, negative = find_largest_effects(points, off, self.budget, safe_range)
+        return Curve(steering, off, tuple(points), centre, safe_range, positive, negative)
 
-    def points(self, steering: Steering, half: Half = None) -> list[Figures]:
+    def measured_points(self, steering: Steering, half: ItemHalf = None) -> list[PointMetrics]:
         """All positions measured, by dial."""
         half = self.half if half is None else half
         return [
-            self._figures(steering, dial, half)
+            self._metrics_at(steering, dial, half)
             for dial in self.journal.dials(steering.fingerprint)
             if self._has(steering, dial, "text")
         ]
 
-    def at(self, steering: Steering, dial: float | None, *, whole: bool = False, half: Half = None) -> Figures:
-        """The figures at a dial, measured now unless they are known."""
-        material = self.bench.material
-        wanted = ["probes"] if material.probes else []
-        wanted += ["held_out"] if material.positive and material.negative else []
+    def measure_at(
+        self, steering: Steering, dial: float | None, *, complete: bool = False, half: ItemHalf = None
+    ) -> PointMetrics:
+        """The metrics at a dial, measured now unless they are known."""
+        texts = self.model.evaluation_set
+        wanted = ["probes"] if texts.probes else []
+        wanted += ["held_out"] if texts.positive and texts.negative else []
         wanted += ["text"]
-        wanted += ["questions", "answers"] if whole else []
+        wanted += ["questions", "answers"] if complete else []
         # Without probes the effect is read in the answers.
-        wanted += [] if material.probes else ["answers", "reading"]
+        wanted += [] if texts.probes else ["answers", "reading"]
         missing = [name for name in dict.fromkeys(wanted) if not self._has(steering, dial, name)]
         for name in missing:
-            self.journal.put(self._place(steering, dial, name), self._measure(steering, dial, name))
-        found = self._figures(steering, dial, self.half if half is None else half)
+            self.journal.put(self._key(steering, dial, name), self._measure(steering, dial, name))
+        found = self._metrics_at(steering, dial, self.half if half is None else half)
         if missing:
-            self.tell(steering.name, found)
+            self.report(steering.name, found)
         return found
 
-    def _figures(self, steering: Steering, dial: float | None, half: Half) -> Figures:
+    def _metrics_at(self, steering: Steering, dial: float | None, half: ItemHalf) -> PointMetrics:
         on, off = (
             {
-                name: self.journal[place]
-                for name in PARTS
-                if (place := self._place(steering, each, name)) in self.journal
+                name: self.journal[key]
+                for name in MEASUREMENTS
+                if (key := self._key(steering, each, name)) in self.journal
             }
             for each in (dial, None)
         )
-        return figures(dial, on, off, half)
+        return compute_metrics(dial, on, off, half)
 
     def _has(self, steering: Steering, dial: float | None, name: str) -> bool:
-        return self._place(steering, dial, name) in self.journal
+        return self._key(steering, dial, name) in self.journal
 
-    def _place(self, steering: Steering, dial: float | None, name: str) -> Place:
+    def _key(self, steering: Steering, dial: float | None, name: str) -> JournalKey:
         """Off, only what looks along a direction differs between steerings."""
-        shared = dial is None and name in measurements.MODEL_PARTS
-        return Place(None if shared else steering.fingerprint, dial, name)
+        shared = dial is None and name in MODEL_MEASUREMENTS
+        return JournalKey(None if shared else steering.fingerprint, dial, name)
 
-    def _measure(self, steering: Steering, dial: float | None, name: str) -> Part:
+    def _measure(self, steering: Steering, dial: float | None, name: str) -> RawMeasurement:
         if name == "reading":
-            written = self.journal[self._place(steering, dial, "answers")]["tokens"]
-            return measurements.reading(self.bench, steering, written)
+            written = self.journal[self._key(steering, dial, "answers")]["tokens"]
+            return measure_reading(self.model, steering, written)
         if name == "held_out":
-            return measurements.held_out(self.bench, steering, dial)
-        return measurements.MODEL_PARTS[name](self.bench, steering.name if dial is not None else None, dial)
-
-
-PARTS = ("probes", "held_out", "text", "questions", "answers", "reading")
+            return measure_held_out(self.model, steering, dial)
+        return MODEL_MEASUREMENTS[name](self.model, steering.name if dial is not None else None, dial)

@@ -1,20 +1,19 @@
 """The engines against each other on one model: hook, adapter, baked weights, and transformers where it is given.
 
-KL in nats per token. Letters: n tokens, V vocabulary.
+KL in nats per token.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.export import ggml
@@ -25,69 +24,20 @@ from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.gguf_metadata import TensorInfo
 from edge_steer.model_file import ModelFile, read_model
-from edge_steer.verify.engine_runs import Bench, Logits, identity, undoing
+from edge_steer.verify.comparison import (
+    TOLERANCES,
+    Comparison,
+    Effect,
+    EngineRun,
+    compare_runs,
+    measure_distance,
+    measure_effect,
+)
+from edge_steer.verify.engine_runs import EngineRunner, Logits, identity_steering, inverse_steerings
 
 _LARGEST_F32 = 4 << 30  # bytes of steered weights beyond which they are not written out as F32
 _OTHER_MODEL = 1.0  # unsteered KL beyond which a directory is not what a GGUF was made from
 _KEPT = 0.9  # share of the steering below which a baked model is worth a note
-_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far apart two engines may be in mean KL, and in the largest difference of logits (None: not judged)."""
-
-    kl: float
-    logits: float | None
-
-
-# By the coarsest type of the model's weights. Where two engines are further apart unsteered, twice that is allowed.
-TOLERANCES = {
-    # Nothing is rounded but the sums, which each engine takes in another order.
-    "F32": Tolerance(1e-5, 2e-2),
-    # llama.cpp rounds activations to 11 bits before each product: Rh for the hook, h for the others.
-    "F16": Tolerance(1e-4, None),
-    # The same to 8 bits; and a baked weight is rounded to them a second time.
-    "BF16": Tolerance(2e-3, None),
-    # The same to 8 bits in blocks of 32 or 256.
-    "quantized": Tolerance(1e-2, None),
-}
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Between logits: the largest difference, the mean KL(one‖other), the share of tokens with the same favourite."""
-
-    logits: float
-    kl: float
-    top1: float
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What an engine changes: from the same model unsteered. kept: the part that is the hook's change, 1 for all of it.
-
-    kept is Σp ΔΔₕ / Σp Δₕ², with Δ the change of log-probabilities, Δₕ the hook's and p the unsteered probabilities.
-    """
-
-    changed: Distance
-    kept: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two engines, steered. unsteered: how far apart their weights are with everything off, where that was measured."""
-
-    one: str
-    other: str
-    steered: Distance
-    unsteered: Distance | None
-    limit: Tolerance
-
-    @property
-    def passed(self) -> bool:
-        near = self.limit.logits is None or self.steered.logits <= self.limit.logits
-        return near and self.steered.kl <= self.limit.kl
 
 
 @dataclass(frozen=True)
@@ -107,18 +57,6 @@ class Verification:
     @property
     def passed(self) -> bool:
         return all(comparison.passed for comparison in self.comparisons)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """An engine's logits. unsteered: those of its weights with everything off, None where they have no such form.
-
-    plain: those of the model that it changes.
-    """
-
-    steered: Logits
-    unsteered: Logits | None
-    plain: Logits
 
 
 def verify(
@@ -142,118 +80,104 @@ def verify(
         raise NoEffectError("every steering is off, so there is nothing to compare; give an angle: -s FILE:8")
     for steering, _ in on:
         steering.check_fits(model.base)
-    notes: list[str] = []
-    readers, no_adapter, reason = _changed(model, on)
-    if reason and hf is None:
-        raise SteerError(f"nothing to compare the hook with: {reason}; give --hf DIR for transformers")
-    if reason:
-        notes.append(f"no adapter and no baked weights: {reason}")
-    if no_adapter:
-        notes.append(f"no adapter: {no_adapter}")
-    quantized = any(ggml.is_quantized(tensor.type) for tensor in readers)
-    as_f32 = quantized and sum(4 * int(np.prod(tensor.shape)) for tensor in readers) <= _LARGEST_F32
-    if quantized and not as_f32:
-        notes.append("the baked weights were not compared as F32, in which they would be too large")
-
-    total = 2 + (not reason) + (not reason and not no_adapter) + 2 * as_f32 + 2 * (hf is not None)
-    runs: dict[str, _Run] = {}
-    rounding: dict[str, float] = {}
+    plan = _plan(model, on)
+    if plan.no_weights and hf is None:
+        raise SteerError(f"nothing to compare the hook with: {plan.no_weights}; give --hf DIR for transformers")
     with (
         tempfile.TemporaryDirectory(prefix="edge-steer-", ignore_cleanup_errors=True) as folder,
-        progress("comparing", total) as step,
+        progress("comparing", plan.count_runs(hf)) as step,
     ):
-        bench = Bench.open(model, tokens, Path(folder), llama)
-
-        def done(logits: Logits) -> Logits:
-            step(1)
-            return logits
-
-        plain = done(bench.run("hook", ()))
-        runs["hook"] = _Run(done(bench.run("hook", on)), plain, plain)
-        noise = None
-        if not reason:
-            if not no_adapter:
-                runs["lora"] = _Run(done(bench.run("lora", on)), plain, plain)
-            # Undone by the hook, quantized weights are those of the model but for their second rounding. Where nothing
-            # is quantized there is none to speak of, and the unsteered model says more: it does not hang on the bake.
-            baked = bench.run_baked(on, back=undoing(on) if quantized else ())
-            runs["baked"] = _Run(done(baked.logits), baked.back if quantized else plain, plain)
-            rounding = baked.rounding
-        if as_f32:
-            unsteered = done(bench.run_baked([identity(on)], "F32").logits)
-            runs["baked F32"] = _Run(done(bench.run_baked(on, "F32").logits), unsteered, unsteered)
-            # What rounding activations does: all that tells two engines on the same quantized weights apart.
-            noise = distance(plain, unsteered)
-        if hf is not None:
-            torch, torch_plain = map(done, bench.run_torch(hf, on))
-            _check_same_model(model.path, hf, torch_plain, plain)
-            runs["torch"] = _Run(torch, torch_plain, torch_plain)
-
-        effects = {name: _effect(run, runs["hook"]) for name, run in runs.items()}
+        runner = EngineRunner.open(model, tokens, Path(folder), llama)
+        runs, rounding = _run_engines(runner, on, plan, hf, step)
+        effects = {name: measure_effect(run, runs["hook"]) for name, run in runs.items()}
         effect = effects["hook"].changed
-        weights, tolerance = _weights(model)
+        # What rounding activations does: all that tells two engines on the same quantized weights apart.
+        noise = measure_distance(runs["hook"].plain, runs["baked F32"].plain) if plan.as_f32 else None
+        weights, tolerance = _weight_types(model)
         comparisons = tuple(
-            _compare(one, other, runs, TOLERANCES[tolerance], noise, effect) for one, other in combinations(runs, 2)
+            compare_runs(one, other, runs, TOLERANCES[tolerance], noise, effect) for one, other in combinations(runs, 2)
         )
-    if any(each.limit.kl >= effect.kl and "baked" not in (each.one, each.other) for each in comparisons):
-        notes.append(f"this changes so little (KL {effect.kl:.1e}) that the limits tell little; give a larger angle")
-    if not reason and effects["baked"].kept < _KEPT:
-        notes.append(
+    notes = (*plan.notes, *_notes_on_effects(weights, effects, comparisons))
+    return Verification(weights, len(runner.text) - 1, effects, comparisons, rounding, notes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which engines can do the steerings. no_weights, no_adapter: why baked weights and adapters, or adapters alone,
+    cannot; empty where they can. quantized: of the weights that change. as_f32: bake them as F32 as well."""
+
+    no_weights: str
+    no_adapter: str
+    quantized: bool
+    as_f32: bool
+
+    @property
+    def adapter(self) -> bool:
+        return not self.no_weights and not self.no_adapter
+
+    def count_runs(self, hf: str | Path | None) -> int:
+        """How many steps `_run_engines` reports."""
+        return 2 + (not self.no_weights) + self.adapter + 2 * self.as_f32 + 2 * (hf is not None)
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [f"no adapter and no baked weights: {self.no_weights}"] if self.no_weights else []
+        notes += [f"no adapter: {self.no_adapter}"] if self.no_adapter else []
+        if self.quantized and not self.as_f32:
+            notes.append("the baked weights were not compared as F32, in which they would be too large")
+        return notes
+
+
+def _plan(model: ModelFile, on: Sequence[Dialled]) -> _Plan:
+    changed, no_adapter, no_weights = _weights_to_change(model, on)
+    quantized = any(ggml.is_quantized(tensor.type) for tensor in changed)
+    as_f32 = quantized and sum(4 * int(np.prod(tensor.shape)) for tensor in changed) <= _LARGEST_F32
+    return _Plan(no_weights, no_adapter, quantized, as_f32)
+
+
+def _run_engines(
+    runner: EngineRunner, on: Sequence[Dialled], plan: _Plan, hf: str | Path | None, step: Callable[[int], None]
+) -> tuple[dict[str, EngineRun], dict[str, float]]:
+    """The runs by engine, and what writing the baked weights in their own types cost."""
+
+    def done(logits: Logits) -> Logits:
+        step(1)
+        return logits
+
+    plain = done(runner.run("hook", ()))
+    runs = {"hook": EngineRun(done(runner.run("hook", on)), plain, plain)}
+    rounding: dict[str, float] = {}
+    if plan.adapter:
+        runs["lora"] = EngineRun(done(runner.run("lora", on)), plain, plain)
+    if not plan.no_weights:
+        # Undone by the hook, quantized weights are those of the model but for their second rounding. Where nothing
+        # is quantized there is none to speak of, and the unsteered model says more: it does not hang on the bake.
+        baked = runner.run_baked(on, undo=inverse_steerings(on) if plan.quantized else ())
+        runs["baked"] = EngineRun(done(baked.logits), baked.undone if plan.quantized else plain, plain)
+        rounding = baked.rounding
+    if plan.as_f32:
+        unsteered = done(runner.run_baked([identity_steering(on)], "F32").logits)
+        runs["baked F32"] = EngineRun(done(runner.run_baked(on, "F32").logits), unsteered, unsteered)
+    if hf is not None:
+        torch, torch_plain = map(done, runner.run_torch(hf, on))
+        _check_same_model(runner.model.path, hf, torch_plain, plain)
+        runs["torch"] = EngineRun(torch, torch_plain, torch_plain)
+    return runs, rounding
+
+
+def _notes_on_effects(weights: str, effects: dict[str, Effect], comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """What the numbers cannot tell, or tell of the steering rather than of the engines."""
+    kl = effects["hook"].changed.kl
+    if any(each.limit.kl >= kl and "baked" not in (each.one, each.other) for each in comparisons):
+        yield f"this changes so little (KL {kl:.1e}) that the limits tell little; give a larger angle"
+    if "baked" in effects and effects["baked"].kept < _KEPT:
+        yield (
             f"baked into {weights} weights, {effects['baked'].kept:.0%} of the steering is left: rounding takes back a "
             "part of so small a turn; export with --steered-type Q8_0, or bake it in before quantizing (convert -s)"
         )
-    return Verification(weights, len(bench.text) - 1, effects, comparisons, rounding, tuple(notes))
 
 
-def _compare(
-    one: str, other: str, runs: dict[str, _Run], floor: Tolerance, noise: Distance | None, effect: Distance
-) -> Comparison:
-    steered = distance(runs[one].steered, runs[other].steered)
-    a, b = runs[one].unsteered, runs[other].unsteered
-    if a is None or b is None:
-        # Baked and not to be undone, it must be nearer to what it stands for than the unsteered model is.
-        return Comparison(one, other, steered, None, Tolerance(effect.kl, None))
-    unsteered = noise if a is b else distance(a, b)
-    if unsteered is None:
-        return Comparison(one, other, steered, None, floor)
-    logits = None if floor.logits is None else max(floor.logits, 2 * unsteered.logits)
-    return Comparison(one, other, steered, unsteered, Tolerance(max(floor.kl, 2 * unsteered.kl), logits))
-
-
-def _effect(run: _Run, hook: _Run) -> Effect:
-    columns = min(run.steered.shape[1], hook.steered.shape[1])
-    along = size = 0.0
-    for first in range(0, len(run.steered), _ROWS):
-        steered, plain, hooked, unhooked = (
-            _log_softmax(np.asarray(logits[first : first + _ROWS, :columns], np.float64))
-            for logits in (run.steered, run.plain, hook.steered, hook.plain)
-        )
-        weighed = np.exp(unhooked) * (hooked - unhooked)
-        along += float((weighed * (steered - plain)).sum())
-        size += float((weighed * (hooked - unhooked)).sum())
-    return Effect(distance(run.plain, run.steered), along / size if size else float("nan"))
-
-
-def distance(one: Logits, other: Logits) -> Distance:
-    """How far apart logits (n, V) are; columns that only one has, of a padded vocabulary, are left out."""
-    columns = min(one.shape[1], other.shape[1])
-    largest = kl = same = 0.0
-    for first in range(0, len(one), _ROWS):
-        a, b = (np.asarray(each[first : first + _ROWS, :columns], np.float64) for each in (one, other))
-        largest = max(largest, float(np.abs(a - b).max()))
-        same += float((a.argmax(-1) == b.argmax(-1)).sum())
-        p, q = _log_softmax(a), _log_softmax(b)
-        kl += float((np.exp(p) * (p - q)).sum())
-    return Distance(largest, kl / len(one), same / len(one))
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    # In float64, unlike that of metrics.py: the KL of two exact engines is below what float32 resolves.
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def _changed(model: ModelFile, on: Sequence[Dialled]) -> tuple[list[TensorInfo], str, str]:
+def _weights_to_change(model: ModelFile, on: Sequence[Dialled]) -> tuple[list[TensorInfo], str, str]:
     """The weights that the steerings change; or none, and the reason why weights cannot do these steerings."""
     try:
         linear_actions(on)
@@ -269,7 +193,7 @@ def _changed(model: ModelFile, on: Sequence[Dialled]) -> tuple[list[TensorInfo],
     return [tensor for tensor in model.tensors if tensor.name in {*folded.weights, *heads}], no_adapter, ""
 
 
-def _weights(model: ModelFile) -> tuple[str, str]:
+def _weight_types(model: ModelFile) -> tuple[str, str]:
     """The type that most bytes of the model's matrices have, and the tolerance for the coarsest among them."""
     size: Counter[int] = Counter()
     for tensor in model.tensors:
@@ -284,7 +208,7 @@ def _weights(model: ModelFile) -> tuple[str, str]:
 
 
 def _check_same_model(path: Path, hf: str | Path, torch: Logits, plain: Logits) -> None:
-    apart = distance(plain, torch).kl
+    apart = measure_distance(plain, torch).kl
     if apart > _OTHER_MODEL:
         raise MismatchError(
             f"expected in {hf} what {path} was made from, got a model whose unsteered predictions are a KL of "
