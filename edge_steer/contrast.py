@@ -40,6 +40,7 @@ PLAIN_FORMS = {"system": "{}\n\n", "user": "{}\nAnswer:", "assistant": " {}\n\n"
 
 # The same for llama-cpp-python's Jinja2ChatFormatter. It adds no BOS to what a template renders, so this one writes it:
 # hand in bos_token="" where the model's tokenizer adds none (Llama._model.add_bos_token).
+PLAIN_TEMPLATE_NOTE = 'this model has no chat template; prompts are put as "{prompt}\\nAnswer:"'
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] | trim + '\\n\\n' }}"

@@ -13,22 +13,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer import steering_file
+from edge_steer.choices import OPERATORS as OPERATORS
+from edge_steer.choices import PLANES as PLANES
+from edge_steer.choices import Operator as Operator
+from edge_steer.choices import Plane as Plane
 from edge_steer.errors import FormatError, MismatchError, SteerError, shown
 from edge_steer.gguf_metadata import Value
 from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
 from edge_steer.sites import KINDS, Site
 
-Operator = Literal["selective", "standard", "adaptive", "ablation", "addition"]
-# local: each site its own plane. shared: one for all, made at one site. global: one for all, as published.
-Plane = Literal["local", "shared", "global"]
-OPERATORS: tuple[Operator, ...] = get_args(Operator)
-PLANES: tuple[Plane, ...] = get_args(Plane)
 # What no line of a terminal should be given, and what UTF-8 cannot hold.
 CONTROL_CHARACTERS = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 MAX_NAME = 256

@@ -19,12 +19,10 @@ import tiny
 
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.planes import MASKS
-from edge_steer.cli import calibrate as calibrate_verb
 from edge_steer.cli import main as main_module
 from edge_steer.contrast import prompt_set
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.steering import OPERATORS, PLANES, Steering, save_all
+from edge_steer.steering import OPERATORS, Steering, save_all
 
 QUICK = ["--ctx", 256, "--max-tokens", 8, *ONE_THREAD]
 
@@ -70,11 +68,6 @@ def test_importing_and_help_load_nothing_heavy(code: str, banned: str) -> None:
 def test_every_verb_explains_itself(verb: str) -> None:
     assert verb in ran("--help").stdout
     assert ran(verb, "--help").stdout.startswith(f"Usage: main {verb}")
-
-
-def test_the_choices_of_calibrate_are_the_library_s() -> None:
-    assert (calibrate_verb.PLANES, calibrate_verb.OPERATORS) == (PLANES, OPERATORS)
-    assert set(calibrate_verb.MASKS) == set(MASKS)
 
 
 def test_the_version_is_told() -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from edge_steer.calibrate.sums import Recorder
 from edge_steer.measure.measured_model import MeasuredModel, TorchModel
+from edge_steer.registry import is_gguf
 from edge_steer.steering import Steering
 
 # As long as any prompt or probe that is measured on; a recorded prompt may be longer.
 _MEASURED_CONTEXT = 1024
+
+
+def is_hugging_face(model: str) -> bool:
+    """Whether a model's name or path means a Hugging Face directory or hub id, and not a GGUF."""
+    return Path(model).is_dir() or ("/" in model and not is_gguf(model))
 
 
 class CalibrationEngine(Protocol):

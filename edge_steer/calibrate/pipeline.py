@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from edge_steer.calibrate.cached_recorder import CachedRecorder
 from edge_steer.calibrate.dial import find_dial, has_range, with_provisional_range
 from edge_steer.calibrate.engines import CalibrationEngine
-from edge_steer.calibrate.planes import Mask
 from edge_steer.calibrate.site_choice import (
     RECORDED_SITES,
     CalibrationSplit,
@@ -20,13 +19,14 @@ from edge_steer.calibrate.site_choice import (
 )
 from edge_steer.calibrate.steering import calibrate, passes
 from edge_steer.calibrate.sums import Recorder
-from edge_steer.contrast import PromptSet, load_preset
+from edge_steer.choices import Mask, Operator, Plane
+from edge_steer.contrast import PLAIN_TEMPLATE_NOTE, PromptSet, load_preset, preset_names, prompt_set
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.measure.divergence import Divergence
 from edge_steer.measure.evaluation_set import pick_evenly
 from edge_steer.measure.measured_model import MeasuredModel
 from edge_steer.measure.metrics import probe_gaps
-from edge_steer.steering import Operator, Plane, Steering
+from edge_steer.steering import Steering
 
 REFUSAL = "refusal"
 _REFUSAL_PROBES = 6
@@ -65,6 +65,24 @@ class CalibrationOptions:
         return {"shared": "layer_out"}.get(self.plane or "local", "pre")
 
 
+def load_prompts(
+    preset: str | None, positive: str | None, negative: str | None, name: str, limit: int | None = None
+) -> PromptSet:
+    """A preset's prompts, or those of two files under `name`; of each side the first `limit`."""
+    prompts = load_preset(preset) if preset is not None else prompt_set(str(positive), str(negative), name)
+    return prompts.first(limit) if limit else prompts
+
+
+def load_axes(given: Sequence[str], preset: str | None) -> list[PromptSet | Steering] | None:
+    """What is projected out of the directions of `preset`: presets by name, steerings by file, nothing for `none`; None
+    for what calibration finds best, where nothing is given."""
+    if not given:
+        return None if preset not in (None, REFUSAL) else []
+    if tuple(given) == ("none",):
+        return []
+    return [load_preset(each) if each in preset_names() else Steering.load(each) for each in given]
+
+
 def is_near_refusing(model: MeasuredModel) -> bool:
     """Whether the unsteered model finds refusals of harmless requests likely: then a turn of the mood is apt to end in
     one. Measured as the gap of the refusal preset's probes, refusing minus complying, nats per token."""
@@ -95,7 +113,7 @@ def calibrate_model(
         for line in prompts.warnings():
             note(line)
         if engine.uses_plain_template():
-            note('this model has no chat template; prompts are put as "{prompt}\\nAnswer:"')
+            note(PLAIN_TEMPLATE_NOTE)
         if options.orthogonal_to is None:
             options = replace(options, orthogonal_to=_refusal_axis(engine.unsteered_model(), note))
         if options.chooses_sites:

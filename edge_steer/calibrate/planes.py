@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.calibrate.sums import ClassSums, Float64
+from edge_steer.choices import Mask
 from edge_steer.errors import SteerError
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site
 
-Mask = Literal["site", "layer", "all"]
-MASKS: tuple[Mask, ...] = get_args(Mask)
 SHARED_DEPTH = 0.7
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.calibrate.dial import DialPosition, find_dial, with_provisional_range
-from edge_steer.calibrate.planes import Mask
 from edge_steer.calibrate.steering import calibrate
 from edge_steer.calibrate.sums import Recorder, Step
+from edge_steer.choices import Mask, Operator
 from edge_steer.contrast import Prompt, PromptSet
 from edge_steer.errors import SteerError
 from edge_steer.measure.divergence import Divergence
@@ -25,7 +25,7 @@ from edge_steer.measure.evaluation_set import pick_evenly
 from edge_steer.measure.measured_model import MeasuredModel, set_dial
 from edge_steer.measure.metrics import log_softmax, probe_gaps
 from edge_steer.sites import Architecture, architecture
-from edge_steer.steering import Operator, Steering
+from edge_steer.steering import Steering
 
 PROBES = 8
 HELD_OUT = 8  # prompts a class, where there are no probes

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from edge_steer._version import __version__
 from edge_steer.calibrate.directions import SMALLEST, axes_at, compute_directions, project_out
 from edge_steer.calibrate.planes import (
-    MASKS,
-    Mask,
     best_direction,
     class_angles,
     discriminative,
@@ -28,9 +26,10 @@ from edge_steer.calibrate.planes import (
     select_sites,
 )
 from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
+from edge_steer.choices import MASKS, OPERATORS, PLANES, Mask, Operator, Plane
 from edge_steer.errors import SteerError
 from edge_steer.sites import ARCHITECTURES, OUTER_KINDS, Site
-from edge_steer.steering import OPERATORS, PLANES, RANK, Made, Operator, Plane, Steering
+from edge_steer.steering import RANK, Made, Steering
 
 if TYPE_CHECKING:
     from edge_steer.contrast import Prompt, PromptSet

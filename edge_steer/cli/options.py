@@ -229,8 +229,10 @@ def note(text: str) -> None:
 
 def note_plain_template(plain: bool) -> None:
     """Say that a model brings no chat template."""
+    from edge_steer.contrast import PLAIN_TEMPLATE_NOTE
+
     if plain:
-        note('this model has no chat template; prompts are put as "{prompt}\\nAnswer:"')
+        note(PLAIN_TEMPLATE_NOTE)
 
 
 def sampling(

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
+from edge_steer.choices import Operator
 from edge_steer.errors import FormatError, MismatchError, SteerError
 from edge_steer.importing.archive import check_archive
 from edge_steer.importing.target import Target
 from edge_steer.json_file import read_json
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site, site_of_module
-from edge_steer.steering import CONTROL_CHARACTERS, Made, Operator, Steering
+from edge_steer.steering import CONTROL_CHARACTERS, Made, Steering
 
 _LARGEST = 1 << 30
 _MODES: tuple[Operator, ...] = ("selective", "standard", "adaptive")
