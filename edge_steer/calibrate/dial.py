@@ -20,6 +20,8 @@ TOLERANCE = 0.2
 # Where to look first, in degrees: at norms a dial is some ten times as large as in the residual stream.
 _FIRST_AT_NORMS, _FIRST_IN_STREAM = 12.0, 1.5
 _MOST, _TRIES = 90.0, 12
+# An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
+ADDITION_PER_DEGREE = math.tan(math.radians(1.0))
 _WITH_RANGE = ("selective", "addition")
 
 
@@ -45,8 +47,7 @@ def find_dial(
     θ ← θ √(target/KL), and between two angles around the target as the straight line in logarithms.
     Raises NoEffectError where even the last angle changes nothing.
     """
-    # An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
-    scale = math.tan(math.radians(1.0)) if steering.operator == "addition" else 1.0
+    scale = ADDITION_PER_DEGREE if steering.operator == "addition" else 1.0
     most = _MOST * scale
     in_stream = steering.steered[0].kind == "layer_out"
     angle = (_FIRST_IN_STREAM if in_stream else _FIRST_AT_NORMS) * scale if first is None else first

@@ -82,8 +82,8 @@ def sweep(
     options.check_not_an_input([folder / each for each in OUTPUTS], model, steering, positive, negative, probes)
     inputs = read_inputs(steering, preset=preset, positive=positive, negative=negative, probes=probes)
     if write and steering is not None:
-        if without := [each for each in inputs.steerings if each.operator not in ("selective", "addition")]:
-            raise click.UsageError(f"--write stores a range around off; {without[0].operator} has none")
+        if inputs.without_range:
+            raise click.UsageError(f"--write stores a range around off; {inputs.without_range[0].operator} has none")
         check_can_store(steering)
     path, parameters = options.run_parameters(model, **run)
     if run["ctx"] is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edge_steer.calibrate.dial import has_range
 from edge_steer.contrast import Probe, PromptSet, load_preset, prompt_set, read_probes
 from edge_steer.errors import SteerError
 from edge_steer.gguf_metadata import read_gguf
@@ -24,6 +25,11 @@ class SweepInputs:
     prompts: PromptSet | None
     held_out: PromptSet | None
     probes: tuple[Probe, ...]
+
+    @property
+    def without_range(self) -> list[Steering]:
+        """The steerings that have no range around off to store."""
+        return [each for each in self.steerings if not has_range(each)]
 
 
 def read_inputs(

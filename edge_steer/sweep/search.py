@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_steer.calibrate.dial import ADDITION_PER_DEGREE
 from edge_steer.choices import Operator
 from edge_steer.sweep.budget import Budget
 from edge_steer.sweep.point_metrics import PointMetrics
@@ -33,8 +34,6 @@ class SweepSize:
 
 
 QUICK_SIZE = SweepSize(rounds=1, bends=0)
-# An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
-_PER_DEGREE = math.tan(math.radians(1.0))
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def search_dials(measurer: PointMeasurer, operator: Operator, size: SweepSize, s
         measurer.is_allowed(1.0)
         return 1.0
     turns_to = operator in ("standard", "adaptive")
-    unit, most = (_PER_DEGREE, 2.0) if operator == "addition" else (1.0, 180.0)
+    unit, most = (ADDITION_PER_DEGREE, 2.0) if operator == "addition" else (1.0, 180.0)
     step = size.step * unit if step is None else step
     centre = _find_least_divergent(measurer) if turns_to else 0.0
     if turns_to and not measurer.is_allowed(centre):
