@@ -7,8 +7,8 @@ the others' probes.
     python benchmarks/effects.py --page                            # only write the page from what is kept
 
 Every cell is kept in --work as it comes and not measured again: stop it, widen it, run it again. Nothing is measured on
-what calibration measured on: of the presets' probes those that `choose` left, of the neutral passages others than the
-dial's.
+what calibration measured on: of the presets' probes those that choosing sites left, of the neutral passages others than
+the dial's.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ import click
 import numpy as np
 
 from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.cached_recorder import CachedRecorder
+from edge_steer.calibrate.dial import find_dial
+from edge_steer.calibrate.engines import NativeEngine
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.remembered import Remembered
+from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
+from edge_steer.calibrate.site_choice import PROBES as CHOICE_PROBES
+from edge_steer.calibrate.site_choice import RECORDED_SITES, calibrate_candidates
 from edge_steer.errors import SteerError
-from edge_steer.evaluate import choice
-from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
-from edge_steer.evaluate.coherence import repetition
-from edge_steer.evaluate.dial import PASSAGES, Divergence, dial_at
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import log_softmax, probe_gaps
 from edge_steer.fetch import resolve
+from edge_steer.measure.divergence import PASSAGES, Divergence
+from edge_steer.measure.evaluation_set import pick_evenly
+from edge_steer.measure.measured_model import set_dial
+from edge_steer.measure.metrics import log_softmax, probe_gaps
+from edge_steer.measure.text_quality import repetition
 from edge_steer.preset import PRESETS, load_preset, neutral_passages, preset_names
 from edge_steer.prompts import Probe
-from edge_steer.runtime.chat import Sampling, answered
+from edge_steer.runtime.chat import Sampling, generate_answer
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 
@@ -88,7 +92,7 @@ def main(models: str, presets: str, parts: str, work: str, threads: int, page: b
     write_page(top)
 
 
-def told(line: str) -> None:
+def print_note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -96,26 +100,26 @@ def told(line: str) -> None:
 
 
 def steerings_of(model: str, preset: str, folder: Path, run: dict[str, Any]) -> list[Steering]:
-    """Our default as `calibrate` makes it, and the rivals that the preset allows; calibrated once."""
+    """Our default as `calibrate` makes it, and the rivals that the preset allows; calibrate_model once."""
     kept = folder / "steerings.gguf"
     if kept.exists():
         return Steering.load_all(kept)
-    told(f"{model}, {preset}: calibrating")
+    print_note(f"{model}, {preset}: calibrating")
     prompts, path = load_preset(preset), resolve(model, fetch=True)
     axes = () if preset == "refusal" else None
-    made = [calibrated(NativeEngine(str(path), run), prompts, Wishes(orthogonal_to=axes), name=OURS)]
-    with closing(NativeRecorder(path, sites=choice.SITES, **run)) as recorder:
-        remembered = Remembered(recorder)
+    made = [calibrate_model(NativeEngine(str(path), run), prompts, CalibrationOptions(orthogonal_to=axes), name=OURS)]
+    with closing(NativeRecorder(path, sites=RECORDED_SITES, **run)) as recorder:
+        remembered = CachedRecorder(recorder)
         for name, how in RIVALS.items():
             try:
                 made.append(calibrate(remembered, prompts, name=name, **how))
             except SteerError as error:
-                told(f"  {name} is left out: {error}")
+                print_note(f"  {name} is left out: {error}")
     save_all(made, kept, force=True)
     return made
 
 
-def opened(model: str, steerings: Sequence[Steering], run: dict[str, Any]) -> SteeredLlama:
+def open_steered(model: str, steerings: Sequence[Steering], run: dict[str, Any]) -> SteeredLlama:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*overlap")
         return SteeredLlama(
@@ -123,24 +127,18 @@ def opened(model: str, steerings: Sequence[Steering], run: dict[str, Any]) -> St
         )
 
 
-def turn(llm: SteeredLlama, name: str | None, dial: float | None) -> None:
-    llm.angles.update(dict.fromkeys(llm.angles))
-    if name is not None:
-        llm.angles[name] = dial
-
-
 def held_out_probes(preset: str, count: int) -> tuple[Probe, ...]:
     """Probes of the preset that choosing sites does not measure on."""
     probes = load_preset(preset).probes
-    used = set(spread(probes, choice.PROBES))
-    return spread([probe for probe in probes if probe not in used], count)
+    used = set(pick_evenly(probes, CHOICE_PROBES))
+    return pick_evenly([probe for probe in probes if probe not in used], count)
 
 
 def held_out_passages() -> tuple[str, ...]:
     """Neutral passages that measuring the dial does not use."""
     passages = neutral_passages()
-    used = set(spread(passages, PASSAGES))
-    return spread([each for each in passages if each not in used], PASSAGES)
+    used = set(pick_evenly(passages, PASSAGES))
+    return pick_evenly([each for each in passages if each not in used], PASSAGES)
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -155,9 +153,9 @@ def effects(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
     if not missing and "system prompt" in found:
         return
     probes, names = held_out_probes(preset, PROBES), load_preset(preset)
-    with closing(opened(model, steerings, run)) as llm:
+    with closing(open_steered(model, steerings, run)) as llm:
         divergence = Divergence(llm, held_out_passages())
-        turn(llm, None, None)
+        set_dial(llm, None, None)
         off = probe_gaps(llm, probes)
         for steering in missing:
             found[steering.name] = {"sites": sites_of(steering)} | {
@@ -165,8 +163,8 @@ def effects(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
                 for side, sign in (("negative", -1), ("positive", 1))
             }
             file.write_text(json.dumps(found, indent=1))
-            told(f"{model}, {preset}, {steering.name}: {found[steering.name]}")
-        turn(llm, None, None)
+            print_note(f"{model}, {preset}, {steering.name}: {found[steering.name]}")
+        set_dial(llm, None, None)
         asked = {
             side: probe_gaps(llm, probes, f"Your answers are always {name}. Answer in a {name} way.") - off
             for side, name in (("negative", names.negative_name), ("positive", names.positive_name))
@@ -184,9 +182,9 @@ def end(
         dial, kl = 1.0, divergence.at(steering.name, 1.0)
     else:
         near = steering.angle_max if sign > 0 else -steering.angle_min
-        at = dial_at(divergence, steering, sign, target=BUDGET, first=None if math.isnan(near) else 2 * near)
+        at = find_dial(divergence, steering, sign, target=BUDGET, first=None if math.isnan(near) else 2 * near)
         dial, kl = at.angle, at.kl
-    turn(llm, steering.name, dial)
+    set_dial(llm, steering.name, dial)
     return {"dial": dial, "kl": kl, **mean_of(probe_gaps(llm, probes) - off)}
 
 
@@ -210,16 +208,16 @@ def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
     found: Cell = json.loads(file.read_text()) if file.exists() else {}
     if "judged" in found or not ends.exists():
         return
-    prompts = spread((PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines(), TEXTS)
+    prompts = pick_evenly((PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines(), TEXTS)
     if "texts" not in found:
         ours = json.loads(ends.read_text())[OURS]
         steering = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
         low, high = ours["negative"]["dial"], ours["positive"]["dial"]
         dials = {"-1": low, "-1/2": low / 2, "0": None, "+1/2": high / 2, "+1": high}
-        with closing(opened(model, [steering], run)) as llm:
-            found["texts"] = {name: written(llm, dial, prompts) for name, dial in dials.items()}
+        with closing(open_steered(model, [steering], run)) as llm:
+            found["texts"] = {name: write_answers(llm, dial, prompts) for name, dial in dials.items()}
         file.write_text(json.dumps(found, indent=1))
-    with closing(opened(JUDGE, [], run)) as judge:
+    with closing(open_steered(JUDGE, [], run)) as judge:
         found["judged"] = {
             name: [score(judge, preset, prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
             for name, answers in found["texts"].items()
@@ -231,13 +229,15 @@ def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
         name: float(np.mean([repetition(each) for each in all_])) for name, all_ in found["texts"].items()
     }
     file.write_text(json.dumps(found, indent=1))
-    told(f"{model}, {preset}, texts: " + str({name: positive(scores) for name, scores in found["judged"].items()}))
+    print_note(
+        f"{model}, {preset}, texts: " + str({name: positive(scores) for name, scores in found["judged"].items()})
+    )
 
 
-def written(llm: SteeredLlama, dial: float | None, prompts: Sequence[str]) -> list[str]:
-    turn(llm, OURS, dial)
+def write_answers(llm: SteeredLlama, dial: float | None, prompts: Sequence[str]) -> list[str]:
+    set_dial(llm, OURS, dial)
     sampling = Sampling(max_tokens=LONGEST, repeat_penalty=1.0)
-    return [answered(llm, [{"role": "user", "content": prompt}], sampling).text for prompt in prompts]
+    return [generate_answer(llm, [{"role": "user", "content": prompt}], sampling).text for prompt in prompts]
 
 
 def score(judge: SteeredLlama, preset: str, prompt: str, text: str) -> float:
@@ -272,16 +272,16 @@ def cross(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
     ours = json.loads(ends.read_text())[OURS]
     steering = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
     found = {}
-    with closing(opened(model, [steering], run)) as llm:
+    with closing(open_steered(model, [steering], run)) as llm:
         for other in preset_names():
             probes = held_out_probes(other, CROSS_PROBES)
             gaps = []
             for side in ("negative", "positive"):
-                turn(llm, OURS, ours[side]["dial"])
+                set_dial(llm, OURS, ours[side]["dial"])
                 gaps.append(float(probe_gaps(llm, probes).mean()))
             found[other] = gaps[1] - gaps[0]
     file.write_text(json.dumps(found, indent=1))
-    told(f"{model}, {preset}, cross: {found}")
+    print_note(f"{model}, {preset}, cross: {found}")
 
 
 # --- was the quick choice right ---------------------------------------------------------------------------------------
@@ -294,20 +294,20 @@ def candidates(model: str, preset: str, folder: Path, run: dict[str, Any]) -> No
         return
     ours = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
     axes = [load_preset(name) for name in ours.made.orthogonal_to]
-    with closing(NativeRecorder(resolve(model, fetch=True), sites=choice.SITES, **run)) as recorder:
-        made = choice.candidates(
-            Remembered(recorder), load_preset(preset), orthogonal_to=axes, step=lambda _: None, note=told
+    with closing(NativeRecorder(resolve(model, fetch=True), sites=RECORDED_SITES, **run)) as recorder:
+        made = calibrate_candidates(
+            CachedRecorder(recorder), load_preset(preset), orthogonal_to=axes, step=lambda _: None, note=print_note
         )
     probes, found = held_out_probes(preset, PROBES), {}
-    with closing(opened(model, list(made.values()), run)) as llm:
+    with closing(open_steered(model, list(made.values()), run)) as llm:
         divergence = Divergence(llm, held_out_passages())
-        turn(llm, None, None)
+        set_dial(llm, None, None)
         off = probe_gaps(llm, probes)
         for candidate, steering in made.items():
             ends = [end(llm, divergence, steering, probes, off, sign) for sign in (-1, 1)]
             found[candidate.name] = ends[1]["effect"] - ends[0]["effect"]
     file.write_text(json.dumps(found, indent=1))
-    told(f"{model}, {preset}, candidates: {found}")
+    print_note(f"{model}, {preset}, candidates: {found}")
 
 
 if __name__ == "__main__":

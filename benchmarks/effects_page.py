@@ -9,7 +9,7 @@ from typing import Any
 
 from page import RESULTS, write_part
 
-from edge_steer.evaluate.material import spread
+from edge_steer.measure.evaluation_set import pick_evenly
 from edge_steer.preset import PRESETS, load_preset, preset_names
 
 Row = dict[str, Any]
@@ -188,7 +188,7 @@ def texts_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
 def examples(found: Sequence[tuple[Row, Row]]) -> list[str]:
     """The first three prompts' answers of the largest model's sentiment: by rule, not by hand."""
     row, each = max(found, key=lambda pair: (pair[0]["preset"] == "sentiment", sizes.index(pair[0]["model"])))
-    prompts = spread((PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines(), 24)
+    prompts = pick_evenly((PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines(), 24)
     about = load_preset(row["preset"])
     lines = [f"The first three of them, {row['preset']} on {row['model']}:", ""]
     for number, prompt in enumerate(prompts[:3]):

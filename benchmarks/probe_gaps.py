@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 
 import click
+import numpy as np
 
 from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.cached_recorder import CachedRecorder
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.remembered import Remembered
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.metrics import log_probabilities, plain_tokens, probe_gaps
 from edge_steer.fetch import resolve
+from edge_steer.measure.metrics import log_probabilities, plain_tokens, probe_gaps
 from edge_steer.preset import load_preset, neutral_passages, preset_names
 from edge_steer.prompts import Probe
 from edge_steer.runtime.llama import SteeredLlama
@@ -48,7 +49,7 @@ def main(models: str, presets: str, angles: str, passages: int, threads: int) ->
         print("|---|---|---|" + "---|" * len(dials))
         for name in presets.split(","):
             prompts = load_preset(name)
-            remembered = Remembered(recorder)
+            remembered = CachedRecorder(recorder)
             for plane, mask in VARIANTS:
                 try:
                     steering = calibrate(remembered, prompts, plane=plane, mask=mask)
@@ -56,22 +57,22 @@ def main(models: str, presets: str, angles: str, passages: int, threads: int) ->
                     print(f"| {name} | {plane}, {mask} | 0 | " + " | ".join("–" for _ in dials) + " |", flush=True)
                     continue
                 llm = SteeredLlama(path, steering=steering, angle=None, **run)
-                gap, cost = measured(llm, prompts.probes, neutral, None)
+                gap, cost = measure_at(llm, prompts.probes, neutral, None)
                 cells = []
                 for dial in dials:
-                    turned_gap, turned_cost = measured(llm, prompts.probes, neutral, dial)
+                    turned_gap, turned_cost = measure_at(llm, prompts.probes, neutral, dial)
                     cells.append(f"{turned_gap - gap:+.2f} / {turned_cost - cost:+.2f}")
                 print(f"| {name} | {plane}, {mask} | {len(steering.steered)} | " + " | ".join(cells) + " |", flush=True)
                 llm.close()
 
 
-def measured(
+def measure_at(
     llm: SteeredLlama, probes: Sequence[Probe], neutral: Sequence[str], dial: float | None
 ) -> tuple[float, float]:
     """Mean probe gap and mean log-probability of neutral text at a dial."""
     llm.angle = dial
-    costs = [float(log_probabilities(llm, plain_tokens(llm, passage), 1).mean()) for passage in neutral]
-    return float(probe_gaps(llm, probes).mean()), sum(costs) / len(costs)
+    cost = np.mean([log_probabilities(llm, plain_tokens(llm, text), 1).mean() for text in neutral])
+    return float(probe_gaps(llm, probes).mean()), float(cost)
 
 
 if __name__ == "__main__":

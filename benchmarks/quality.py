@@ -25,27 +25,27 @@ import click
 from page import RESULTS, write_part
 
 from edge_steer.calibrate import calibrate
+from edge_steer.calibrate.cached_recorder import CachedRecorder
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.remembered import Remembered
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.budget import Budget
-from edge_steer.evaluate.journal import Journal
-from edge_steer.evaluate.material import QUICK, Amounts, material
-from edge_steer.evaluate.methods import METHODS, RECORDED, check_methods
-from edge_steer.evaluate.parts import Bench
-from edge_steer.evaluate.plots import COLOURS, new_figure
-from edge_steer.evaluate.search import QUICK as QUICK_EFFORT
-from edge_steer.evaluate.search import Effort
-from edge_steer.evaluate.sweep import Curve, Sweep, settings
-from edge_steer.evaluate.sweep_plots import effect_against_damage
 from edge_steer.fetch import resolve
+from edge_steer.measure.evaluation_set import QUICK_SIZES, EvaluationSizes, build_evaluation_set
 from edge_steer.preset import load_preset, preset_names
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
+from edge_steer.sweep.budget import Budget
+from edge_steer.sweep.curve import Curve
+from edge_steer.sweep.effect_plots import plot_effect_against_damage
+from edge_steer.sweep.figure import COLOURS, new_figure
+from edge_steer.sweep.journal import Journal
+from edge_steer.sweep.measurements import ModelUnderTest
+from edge_steer.sweep.methods import METHODS, RECORDED_SITES, check_methods
+from edge_steer.sweep.search import QUICK_SIZE, SweepSize
+from edge_steer.sweep.sweep import Sweep, journal_settings
 
 # Coarser than a sweep's, for there are dozens of curves; the ends are as well verified.
-EFFORT = Effort(step=5.0, rounds=2, bends=0)
-AMOUNTS = Amounts(probes=12, passages=5, questions=120, answers=16, answer_tokens=32)
+SIZE = SweepSize(step=5.0, rounds=2, bends=0)
+SIZES = EvaluationSizes(probes=12, passages=5, questions=120, answers=16, answer_tokens=32)
 BUDGET = Budget()
 # Of the three limits the steadiest: one answer that runs in circles, or two questions, can end a range by chance.
 # What `sweep --write` stores is to hold on other text too.
@@ -90,8 +90,8 @@ def main(
             folder = top / name / preset
             folder.mkdir(parents=True, exist_ok=True)
             steerings = steerings_of(path, preset, methods.split(","), folder / "methods.gguf", recalibrate, run)
-            row = measured(path, preset, steerings, folder, quick, run)
-            row["promise"] = {} if not promise else kept_promise(path, preset, steerings, folder, quick, run)
+            row = measure_methods(path, preset, steerings, folder, quick, run)
+            row["promise"] = {} if not promise else check_promises(path, preset, steerings, folder, quick, run)
             row["left_out"] = [each for each in methods.split(",") if each not in {made.name for made in steerings}]
             (folder / "row.json").write_text(json.dumps({"model": name, "preset": preset, **row}, indent=1))
             write_page(top, Path(results))
@@ -109,38 +109,40 @@ def steerings_of(
         found = {each.name: each for each in Steering.load_all(kept)}
         left_out = set(json.loads(kept.with_name("left_out.json").read_text()))
     if wanted := [name for name in methods if name not in {*found, *left_out}]:
-        recorder, prompts = Remembered(NativeRecorder(path, sites=RECORDED, **run)), load_preset(preset)
+        recorder, prompts = CachedRecorder(NativeRecorder(path, sites=RECORDED_SITES, **run)), load_preset(preset)
         for name in wanted:
             try:
                 found[name] = calibrate(recorder, prompts, name=name, **METHODS[name])
             except SteerError as error:
-                told(f"  {name} is left out: {error}")
+                print_note(f"  {name} is left out: {error}")
                 left_out.add(name)
         save_all(list(found.values()), kept, force=True)
         kept.with_name("left_out.json").write_text(json.dumps(sorted(left_out)))
     return [each for each in Steering.load_all(kept) if each.name in methods]
 
 
-def measured(
+def measure_methods(
     path: Path, preset: str, steerings: Sequence[Steering], folder: Path, quick: bool, run: dict[str, Any]
 ) -> Row:
     """Every method's curve, judged by the whole budget and by the divergence alone."""
-    texts = material(QUICK if quick else AMOUNTS, load_preset(preset).probes)
+    texts = build_evaluation_set(QUICK_SIZES if quick else SIZES, load_preset(preset).probes)
     # Each curve is kept by its own fingerprint, so that methods may be added.
-    journal = Journal.open(folder / "points.jsonl", settings(path, texts, (), "all"))
-    effort = QUICK_EFFORT if quick else EFFORT
+    journal = Journal.open(folder / "points.jsonl", journal_settings(path, texts, (), "all"))
+    size = QUICK_SIZE if quick else SIZE
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*overlap")
         llm = SteeredLlama(path, steering=steerings, angles={each.name: None for each in steerings}, **run)
     with closing(llm):
-        bench = Bench(llm, texts)
-        sweep = Sweep(bench, journal, BUDGET, tell=lambda name, at: told(f"  {name} {at.dial} {at.effect} {at.kl}"))
-        curves = [sweep.curve(each, effort) for each in steerings]
-        by_kl = Sweep(bench, journal, KL_ALONE)
-        far = {each.name: by_kl.curve(each, effort) for each in steerings}
-    effect_against_damage(curves, BUDGET, folder / "effect-damage.png", f"{preset} on {path.name}")
+        model = ModelUnderTest(llm, texts)
+        sweep = Sweep(
+            model, journal, BUDGET, report=lambda name, at: print_note(f"  {name} {at.dial} {at.effect} {at.kl}")
+        )
+        curves = [sweep.measure_curve(each, size) for each in steerings]
+        by_kl = Sweep(model, journal, KL_ALONE)
+        far = {each.name: by_kl.measure_curve(each, size) for each in steerings}
+    plot_effect_against_damage(curves, BUDGET, folder / "effect-damage.png", f"{preset} on {path.name}")
     return {
-        "amounts": asdict(QUICK if quick else AMOUNTS),
+        "amounts": asdict(QUICK_SIZES if quick else SIZES),
         "methods": [record(each, far[each.steering.name]) for each in curves],
     }
 
@@ -151,17 +153,17 @@ def record(curve: Curve, far: Curve) -> Row:
         "method": curve.steering.name,
         "operator": curve.steering.operator,
         "sites": len(curve.steering.steered),
-        "negative": curve.negative.record(),
-        "positive": curve.positive.record(),
-        "both": curve.both,
-        "far_negative": far.negative.record(),
-        "far_positive": far.positive.record(),
-        "far_both": far.both,
-        "range": None if curve.within is None else asdict(curve.within),
+        "negative": curve.largest_negative.record(),
+        "positive": curve.largest_positive.record(),
+        "both": curve.both_effects,
+        "far_negative": far.largest_negative.record(),
+        "far_positive": far.largest_positive.record(),
+        "far_both": far.both_effects,
+        "range": None if curve.safe_range is None else asdict(curve.safe_range),
     }
 
 
-def kept_promise(
+def check_promises(
     path: Path, preset: str, steerings: Sequence[Steering], folder: Path, quick: bool, run: dict[str, Any]
 ) -> Row:
     """Of the default method, the range that the items of one half allow, and what the items of the other half say at
@@ -169,28 +171,30 @@ def kept_promise(
     steering = next((each for each in steerings if each.name == OURS), None)
     if steering is None:
         return {}
-    texts = material(QUICK if quick else Amounts(), load_preset(preset).probes)
-    journal = Journal.open(folder / "promise.jsonl", settings(path, texts, (), "all"))
+    texts = build_evaluation_set(QUICK_SIZES if quick else EvaluationSizes(), load_preset(preset).probes)
+    journal = Journal.open(folder / "promise.jsonl", journal_settings(path, texts, (), "all"))
     with closing(SteeredLlama(path, steering=steering, angle=None, **run)) as llm:
-        by_half = Sweep(Bench(llm, texts), journal, TO_STORE, half=0)
-        return {OURS: promised(by_half, steering, QUICK_EFFORT if quick else EFFORT)}
+        by_half = Sweep(ModelUnderTest(llm, texts), journal, TO_STORE, half=0)
+        return {OURS: check_promise(by_half, steering, QUICK_SIZE if quick else SIZE)}
 
 
-def promised(by_half: Sweep, steering: Steering, effort: Effort) -> Row:
-    within = by_half.curve(steering, effort).within
+def check_promise(by_half: Sweep, steering: Steering, size: SweepSize) -> Row:
+    within = by_half.measure_curve(steering, size).safe_range
     assert within is not None
-    other = Sweep(by_half.bench, by_half.journal, BUDGET).judged(steering, half=1)
+    other = Sweep(by_half.model, by_half.journal, BUDGET).evaluate_curve(steering, half=1)
     at = {point.dial: point for point in other.points}
     ends = {dial: at[dial] for dial in (within.low, within.high) if dial}
     return {
         "low": within.low,
         "high": within.high,
         "ends": [end.record() for end in ends.values()],  # as the other half has them
-        "broken": {f"{dial:+g}": broken for dial, end in ends.items() if (broken := BUDGET.broken(end, other.off))},
+        "broken": {
+            f"{dial:+g}": broken for dial, end in ends.items() if (broken := BUDGET.broken_limits(end, other.off))
+        },
     }
 
 
-def told(line: str) -> None:
+def print_note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -215,7 +219,7 @@ def write_page(top: Path, results: Path) -> None:
 
 
 def about(row: Row) -> list[str]:
-    amounts = row["amounts"]
+    sizes = row["amounts"]
     return [
         f"`{' '.join(['python', *sys.argv])}`",
         "",
@@ -224,8 +228,8 @@ def about(row: Row) -> list[str]:
         f"{BUDGET.repetition_factor} × unsteered + {BUDGET.repetition_slack}, at least {BUDGET.retention:.0%} of the "
         "questions still right. Effect is the change of the probe gap: the mean log-probability per token of a "
         "probe's positive minus its negative answer, in nats. Measured through the hook on the quantized model, with "
-        f"{amounts['probes']} probes, {amounts['passages']} passages, {amounts['questions']} questions and "
-        f"{amounts['answers']} answers of {amounts['answer_tokens']} tokens; every position that counts was measured "
+        f"{sizes['probes']} probes, {sizes['passages']} passages, {sizes['questions']} questions and "
+        f"{sizes['answers']} answers of {sizes['answer_tokens']} tokens; every position that counts was measured "
         "itself. How: [sweep.md](sweep.md).",
     ]
 
@@ -314,7 +318,7 @@ def promises(rows: Sequence[Row]) -> list[str]:
     lines = [
         "The safe range of the default method as `sweep --write` stores it (two standard errors of the divergence and "
         "one of the repetition must fit as well), given by every other probe, passage, question and answer of a "
-        "sweep's amounts; and what the other half of them says at its ends, held to the limits as they stand "
+        "sweep's sizes; and what the other half of them says at its ends, held to the limits as they stand "
         "(`--promise`).",
         "",
         "| model | preset | range from one half | on the other: KL at its ends | questions | repetition | promise |",

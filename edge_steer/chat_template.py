@@ -19,6 +19,7 @@ from edge_steer.errors import SteerError, shown
 from edge_steer.prompts import Prompt
 
 # Contents are stripped: a model begins its answer with a space of its own, and two would be other tokens than it wrote.
+PLAIN_TEMPLATE_NOTE = 'this model has no chat template; prompts are put as "{prompt}\\nAnswer:"'
 PLAIN_FORMS = {"system": "{}\n\n", "user": "{}\nAnswer:", "assistant": " {}\n\n"}
 
 # The same for llama-cpp-python's Jinja2ChatFormatter. It adds no BOS to what a template renders, so this one writes it:

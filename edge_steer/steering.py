@@ -18,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer import steering_file
+from edge_steer.choices import OPERATORS as OPERATORS
+from edge_steer.choices import PLANES as PLANES
+from edge_steer.choices import Operator as Operator
+from edge_steer.choices import Plane as Plane
 from edge_steer.errors import FormatError, MismatchError, SteerError, shown
 from edge_steer.gguf_metadata import Value
-from edge_steer.operators import Operator, Plane
 from edge_steer.provenance import BaseModel, Made
 from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
 from edge_steer.sites import Site

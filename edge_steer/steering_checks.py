@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_steer.choices import OPERATORS, PLANES, RANK
 from edge_steer.errors import FormatError, shown
-from edge_steer.operators import OPERATORS, PLANES, RANK
 from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME
 from edge_steer.sites import KINDS
 

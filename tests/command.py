@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from planted import random_steering
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import Operator
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
-from edge_steer.operators import Operator
 from edge_steer.steering import Steering
 
 PROGRAM = [sys.executable, "-m", "edge_steer"]

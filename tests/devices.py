@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from planted import DIAL, random_steering
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import Operator
 from edge_steer.model_file import read_model
-from edge_steer.operators import Operator
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 

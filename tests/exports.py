@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from planted import random_steering
 
 from edge_steer.architectures import architecture
-from edge_steer.evaluate.metrics import log_softmax
+from edge_steer.choices import Operator
+from edge_steer.measure.metrics import log_softmax
 from edge_steer.model_file import read_model
-from edge_steer.operators import Operator
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 

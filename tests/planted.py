@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_steer.operators import RANK, Operator
+from edge_steer.choices import RANK, Operator
 from edge_steer.provenance import BaseModel
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site

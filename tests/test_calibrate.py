@@ -12,7 +12,7 @@ import pytest
 
 from edge_steer._version import __version__
 from edge_steer.calibrate import calibrate as calibrate_some
-from edge_steer.calibrate import chosen_sites, passes
+from edge_steer.calibrate.steering import filter_sites, passes
 from edge_steer.calibrate.sums import ClassSums, Step
 from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt, PromptSet
@@ -88,7 +88,7 @@ def test_local_planes_are_at_the_sites_that_attention_reads_unless_told_otherwis
     assert calibrate(model, prompts, kinds=("ffn_norm",)).sites == tuple(sorted(set(SITES) - set(attention)))
     # Falcon-40B's attention reads a norm of its own; a steering of the residual stream has no attention norms.
     falcon = PlantedModel([Site(layer, kind) for layer in (0, 1) for kind in ("attn_norm", "attn_norm_2")])
-    assert chosen_sites(falcon, "local", None, None)[1].tolist() == [1, 3]
+    assert filter_sites(falcon, "local", None, None)[1].tolist() == [1, 3]
 
 
 def test_the_residual_stream_is_turned_in_the_upper_half_or_the_layers_given() -> None:

@@ -20,10 +20,8 @@ import tiny
 
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.planes import MASKS
-from edge_steer.cli import calibrate as calibrate_verb
+from edge_steer.choices import OPERATORS
 from edge_steer.cli import main as main_module
-from edge_steer.operators import OPERATORS, PLANES
 from edge_steer.prompt_files import prompt_set
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
@@ -72,11 +70,6 @@ def test_importing_and_help_load_nothing_heavy(code: str, banned: str) -> None:
 def test_every_verb_explains_itself(verb: str) -> None:
     assert verb in ran("--help").stdout
     assert ran(verb, "--help").stdout.startswith(f"Usage: main {verb}")
-
-
-def test_the_choices_of_calibrate_are_the_library_s() -> None:
-    assert (calibrate_verb.PLANES, calibrate_verb.OPERATORS) == (PLANES, OPERATORS)
-    assert set(calibrate_verb.MASKS) == set(MASKS)
 
 
 def test_the_version_is_told() -> None:

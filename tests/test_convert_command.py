@@ -32,12 +32,12 @@ from planted import DIAL, random_steering
 from safetensors.torch import load_file, save_file
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import Operator
 from edge_steer.cli.main import main
 from edge_steer.converters.source import read
 from edge_steer.converters.write import write
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
-from edge_steer.operators import Operator
 from edge_steer.steering import Steering
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 import tiny
 from devices import EXACT, TOLERANCE, logits_by_batch, open_forced, path_forced, steerings_for
 
+from edge_steer.choices import OPERATORS, Operator
 from edge_steer.model_file import read_model
-from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
 

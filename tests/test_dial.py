@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from planted import random_steering
 
+from edge_steer.calibrate.dial import TARGET_KL, TOLERANCE, DialPosition, find_dial, with_provisional_range
+from edge_steer.calibrate.engines import NativeEngine, TorchEngine
+from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
+from edge_steer.calibrate.site_choice import CANDIDATES, CalibrationSplit, format_table
+from edge_steer.choices import Operator
 from edge_steer.errors import NoEffectError
-from edge_steer.evaluate.calibration import NativeEngine, TorchEngine, Wishes, calibrated
-from edge_steer.evaluate.choice import CANDIDATES, Material, table
-from edge_steer.evaluate.dial import CLOSE, TARGET, Dial, dial_at, with_dials
-from edge_steer.operators import Operator
 from edge_steer.prompts import Prompt, PromptSet
 from edge_steer.provenance import BaseModel
 from edge_steer.sites import Site
@@ -27,7 +28,7 @@ PROMPTS = PromptSet(
 
 
 class Growing:
-    """A divergence that grows as a power of the angle: TARGET at `scale`, at most `limit`."""
+    """A divergence that grows as a power of the angle: TARGET_KL at `scale`, at most `limit`."""
 
     def __init__(self, scale: float, power: float = 1.5, limit: float = math.inf) -> None:
         self.scale, self.power, self.limit = scale, power, limit
@@ -35,7 +36,7 @@ class Growing:
 
     def at(self, name: str, angle: float) -> float:
         self.asked.append(angle)
-        return min(TARGET * (abs(angle) / self.scale) ** self.power, self.limit)
+        return min(TARGET_KL * (abs(angle) / self.scale) ** self.power, self.limit)
 
 
 def steering(kind: str = "layer_out", operator: Operator = "selective") -> Any:
@@ -48,40 +49,40 @@ def steering(kind: str = "layer_out", operator: Operator = "selective") -> Any:
 def test_the_dial_is_found_over_three_orders_of_magnitude(scale: float, power: float, kind: str) -> None:
     for sign in (-1, 1):
         divergence: Any = Growing(scale, power)
-        found = dial_at(divergence, steering(kind), sign)
+        found = find_dial(divergence, steering(kind), sign)
         assert math.copysign(1, found.angle) == sign
-        assert TARGET / (1 + CLOSE) <= found.kl <= TARGET * (1 + CLOSE)
+        assert TARGET_KL / (1 + TOLERANCE) <= found.kl <= TARGET_KL * (1 + TOLERANCE)
         assert len(divergence.asked) <= 8
 
 
 def test_another_target_and_the_scale_of_additions() -> None:
-    found = dial_at(Growing(3.0), steering(), 1, target=0.25)  # type: ignore[arg-type]
-    assert 0.25 / (1 + CLOSE) <= found.kl <= 0.25 * (1 + CLOSE)
+    found = find_dial(Growing(3.0), steering(), 1, target=0.25)  # type: ignore[arg-type]
+    assert 0.25 / (1 + TOLERANCE) <= found.kl <= 0.25 * (1 + TOLERANCE)
     divergence: Any = Growing(0.03)
-    found = dial_at(divergence, steering(operator="addition"), 1)
+    found = find_dial(divergence, steering(operator="addition"), 1)
     assert divergence.asked[0] == pytest.approx(1.5 * math.tan(math.radians(1)))
-    assert TARGET / (1 + CLOSE) <= found.kl <= TARGET * (1 + CLOSE)
+    assert TARGET_KL / (1 + TOLERANCE) <= found.kl <= TARGET_KL * (1 + TOLERANCE)
 
 
 def test_a_turn_that_never_costs_so_much_ends_at_a_right_angle() -> None:
-    assert abs(dial_at(Growing(500.0), steering("attn_norm"), -1).angle) == 90  # type: ignore[arg-type]
+    assert abs(find_dial(Growing(500.0), steering("attn_norm"), -1).angle) == 90  # type: ignore[arg-type]
     with pytest.raises(NoEffectError, match="changes nothing up to 90"):
-        dial_at(Growing(1.0, limit=0.0), steering("attn_norm"), 1)  # type: ignore[arg-type]
+        find_dial(Growing(1.0, limit=0.0), steering("attn_norm"), 1)  # type: ignore[arg-type]
 
 
 def test_the_range_is_stored_as_provisional_and_its_upper_end_as_default() -> None:
-    made = with_dials(steering(), Dial(-1.23456, 0.08), Dial(2.34567, 0.08))
+    made = with_provisional_range(steering(), DialPosition(-1.23456, 0.08), DialPosition(2.34567, 0.08))
     assert (made.angle, made.angle_min, made.angle_max) == pytest.approx((2.35, -1.23, 2.35), rel=1e-6)
     assert made.provisional
     assert made.default_dial() == made.at_strength(1.0)
 
 
 def test_own_prompts_are_held_out_to_measure_on() -> None:
-    material = Material.of(PROMPTS)
-    assert material.held_out is not None
-    assert (len(material.prompts.positive), len(material.held_out.positive)) == (10, 2)
-    assert not set(material.prompts.positive) & set(material.held_out.positive)
-    few = Material.of(PROMPTS.first(4))
+    split = CalibrationSplit.of(PROMPTS)
+    assert split.held_out is not None
+    assert (len(split.prompts.positive), len(split.held_out.positive)) == (10, 2)
+    assert not set(split.prompts.positive) & set(split.held_out.positive)
+    few = CalibrationSplit.of(PROMPTS.first(4))
     assert few.prompts.positive == few.held_out.positive  # type: ignore[union-attr]
 
 
@@ -91,8 +92,8 @@ def test_both_engines_choose_alike(tmp_path: Path) -> None:
 
     model = tiny.build("llama", tmp_path)
     run = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
-    native = calibrated(NativeEngine(str(model.gguf_path), run), PROMPTS)
-    torch = calibrated(TorchEngine(str(model.hf_dir), {"device": "cpu"}), PROMPTS)
+    native = calibrate_model(NativeEngine(str(model.gguf_path), run), PROMPTS)
+    torch = calibrate_model(TorchEngine(str(model.hf_dir), {"device": "cpu"}), PROMPTS)
     assert native.made.candidates == torch.made.candidates
     assert set(native.made.candidates) == {each.name for each in CANDIDATES}
     assert native.made.candidate_max == pytest.approx(torch.made.candidate_max, rel=0.05)
@@ -107,8 +108,8 @@ def test_what_is_given_is_not_measured(tmp_path: Path) -> None:
     model = tiny.build("qwen2", tmp_path)
     run = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
 
-    def made(**wishes: Any) -> Any:
-        return calibrated(NativeEngine(str(model.gguf_path), run), PROMPTS, Wishes(**wishes))
+    def made(**options: Any) -> Any:
+        return calibrate_model(NativeEngine(str(model.gguf_path), run), PROMPTS, CalibrationOptions(**options))
 
     shared = made(plane="shared", layers=(1, 2))
     assert (shared.plane, {site.kind for site in shared.sites}, shared.made.candidates) == ("shared", {"layer_out"}, ())
@@ -117,4 +118,4 @@ def test_what_is_given_is_not_measured(tmp_path: Path) -> None:
     assert math.isnan(made(dial=False).angle)
     assert math.isnan(made(operator="standard").angle)
     assert made(operator="addition").made.candidates
-    assert table([]) != []
+    assert format_table([]) != []

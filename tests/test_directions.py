@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_steer.calibrate.directions import directions
+from edge_steer.calibrate.directions import compute_directions
 from edge_steer.calibrate.sums import ClassSums
 from edge_steer.errors import SteerError
 from edge_steer.sites import Site
@@ -48,7 +48,7 @@ def test_a_row_of_zeros_poisons_nothing() -> None:
 
 def test_a_direction_is_the_unit_difference_of_class_means() -> None:
     a, b = activations(2), activations(3)
-    found = directions(SITES, ClassSums.of(a), ClassSums.of(b))
+    found = compute_directions(SITES, ClassSums.of(a), ClassSums.of(b))
     v = a.mean(0) - b.mean(0)
     assert found.kept.tolist() == list(range(len(SITES)))
     np.testing.assert_allclose(found.unit, v / np.linalg.norm(v, axis=1, keepdims=True), rtol=1e-12)
@@ -60,7 +60,7 @@ def test_a_site_where_the_classes_do_not_differ_is_left_out(offset: float) -> No
     a, b = activations(4), activations(5)
     b[:, 0] = a[:, 0] + offset
     b[:, 3] = a[:, 3] = 0
-    found = directions(SITES, ClassSums.of(a), ClassSums.of(b))
+    found = compute_directions(SITES, ClassSums.of(a), ClassSums.of(b))
     assert found.kept.tolist() == [1, 2, 4, 5]
     assert np.isfinite(found.unit).all()
 
@@ -68,18 +68,18 @@ def test_a_site_where_the_classes_do_not_differ_is_left_out(offset: float) -> No
 def test_a_small_true_difference_is_kept() -> None:
     a = np.repeat(activations(6, 1), 2, axis=0)
     b = a + 1e-4 * np.eye(D)[0]
-    np.testing.assert_allclose(directions(SITES, ClassSums.of(b), ClassSums.of(a)).unit[:, 0], 1, atol=1e-6)
+    np.testing.assert_allclose(compute_directions(SITES, ClassSums.of(b), ClassSums.of(a)).unit[:, 0], 1, atol=1e-6)
 
 
 def test_what_has_no_direction_is_one_clear_line() -> None:
     a, none = ClassSums.of(activations(7)), ClassSums.of(np.zeros((0, len(SITES), D)))
     with pytest.raises(SteerError, match="expected at least one positive prompt, got none"):
-        directions(SITES, none, a)
+        compute_directions(SITES, none, a)
     with pytest.raises(SteerError, match="expected at least one negative prompt, got none"):
-        directions(SITES, a, none)
+        compute_directions(SITES, a, none)
     with pytest.raises(SteerError, match="equal mean activations at every site"):
-        directions(SITES, a, a)
+        compute_directions(SITES, a, a)
     broken = activations(8)
     broken[0, 2, 1] = np.inf
     with pytest.raises(SteerError, match=r"NaN or infinity at blk\.1\.attn_norm"):
-        directions(SITES, a, ClassSums.of(broken))
+        compute_directions(SITES, a, ClassSums.of(broken))

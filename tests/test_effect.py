@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
-from edge_steer.evaluate.dial import TARGET, Divergence
-from edge_steer.evaluate.metrics import probe_gaps
+from edge_steer.calibrate.dial import TARGET_KL
+from edge_steer.calibrate.engines import NativeEngine
+from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
+from edge_steer.measure.divergence import Divergence
+from edge_steer.measure.metrics import probe_gaps
 from edge_steer.preset import load_preset
 from edge_steer.runtime.llama import SteeredLlama
 
@@ -16,7 +18,9 @@ def test_a_steering_works_right_after_calibration(smollm2: Path) -> None:
     one_thread = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
     prompts, notes = load_preset("sentiment"), list[str]()
     engine = NativeEngine(str(smollm2), one_thread)
-    steering = calibrated(engine, prompts.first(32), Wishes(orthogonal_to=None), name="mood", note=notes.append)
+    steering = calibrate_model(
+        engine, prompts.first(32), CalibrationOptions(orthogonal_to=None), name="mood", note=notes.append
+    )
     assert steering.made.candidates[0] == "attention local"  # as measured best on this model
     assert steering.made.orthogonal_to == ()  # it is not near refusing
     assert len(steering.made.candidates) == 4
@@ -27,7 +31,7 @@ def test_a_steering_works_right_after_calibration(smollm2: Path) -> None:
     llm = SteeredLlama(smollm2, steering=steering, angle=None, **one_thread)
     divergence = Divergence(llm)
     for dial in (steering.angle_min, steering.angle_max):
-        assert 0.75 * TARGET < divergence.at("mood", dial) < 1.25 * TARGET
+        assert 0.75 * TARGET_KL < divergence.at("mood", dial) < 1.25 * TARGET_KL
     gap = {}
     for dial in (steering.angle_min, None, steering.angle_max):
         llm.angle = dial

@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 import tiny
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import OPERATORS, Operator
 from edge_steer.converters.quantize import quantize_file
 from edge_steer.model_file import read_model
-from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 

@@ -19,7 +19,6 @@ from exports import ANGLES, Logits, hook_logits, kl, plain_logits
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
 from edge_steer.converters.quantize import quantize_file
-from edge_steer.evaluate.verify import Verification, verify
 from edge_steer.export.baked import bake_gguf
 from edge_steer.export.hf import bake_hf
 from edge_steer.export.lora import export_adapter, export_pair
@@ -28,6 +27,7 @@ from edge_steer.preset import load_preset, neutral_passages
 from edge_steer.rotation import cos_sin
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
+from edge_steer.verify.verification import Verification, verify
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import random_steering
 
+from edge_steer.choices import Operator
 from edge_steer.errors import SteerError
 from edge_steer.export.factors import action_core, stack_at, stack_of
 from edge_steer.export.folding import Reads
-from edge_steer.operators import Operator
 from edge_steer.provenance import BaseModel
 from edge_steer.rotation import Ablate, Add, TurnBy, TurnTo
 from edge_steer.sites import Site

@@ -12,6 +12,7 @@ from exports import steering_for, tinies
 from planted import DIAL, random_steering
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import Operator
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.export.baked import bake_gguf
 from edge_steer.export.control_vector import control_vector
@@ -21,7 +22,6 @@ from edge_steer.export.hf import bake_hf
 from edge_steer.export.lora import export_adapter, export_pair, products
 from edge_steer.export.peft import export_peft
 from edge_steer.model_file import read_model
-from edge_steer.operators import Operator
 from edge_steer.sites import Site
 
 __all__ = ["tinies"]

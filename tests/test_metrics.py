@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from edge_steer.evaluate import coherence
-from edge_steer.evaluate.capability import confidence, correct, load_questions
-from edge_steer.evaluate.figures import figures
-from edge_steer.evaluate.metrics import Expected, chosen, log_softmax, shared_prefix
+from edge_steer.measure import text_quality
+from edge_steer.measure.capability import confidence, is_correct, load_questions
+from edge_steer.measure.divergence import ReferenceDistribution
+from edge_steer.measure.metrics import log_softmax, pick_log_probabilities, shared_prefix
+from edge_steer.sweep.point_metrics import compute_metrics
 
 
 def log_of(*rows: list[float]) -> np.ndarray:
@@ -23,31 +24,31 @@ def test_log_softmax_is_that_of_the_book() -> None:
 
 
 def test_the_chosen_token_of_each_row_is_picked() -> None:
-    assert chosen(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), [1, 0]).tolist() == [2.0, 3.0]
+    assert pick_log_probabilities(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), [1, 0]).tolist() == [2.0, 3.0]
 
 
 def test_divergence_is_the_kullback_leibler_divergence() -> None:
     p, q = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
     by_hand = 0.5 * math.log(2) + 0.25 * math.log(1) + 0.25 * math.log(0.5)
-    assert Expected.of(log_of(p)).divergence(log_of(q)) == pytest.approx([by_hand])
+    assert ReferenceDistribution.of(log_of(p)).divergence(log_of(q)) == pytest.approx([by_hand])
 
 
 def test_the_divergence_of_a_model_from_itself_is_0() -> None:
     p = log_softmax(np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32))
-    assert Expected.of(p).divergence(p) == pytest.approx(np.zeros(5), abs=1e-6)
-    assert Expected.of(p, keep=7).divergence(p) == pytest.approx(np.zeros(5), abs=1e-6)
+    assert ReferenceDistribution.of(p).divergence(p) == pytest.approx(np.zeros(5), abs=1e-6)
+    assert ReferenceDistribution.of(p, keep=7).divergence(p) == pytest.approx(np.zeros(5), abs=1e-6)
 
 
 def test_tokens_that_are_not_kept_count_as_one() -> None:
     p, q = [0.5, 0.3, 0.1, 0.1], [0.4, 0.2, 0.1, 0.3]
     by_hand = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.2) + 0.2 * math.log(0.2 / 0.4)
-    assert Expected.of(log_of(p), keep=2).divergence(log_of(q)) == pytest.approx([by_hand], rel=1e-5)
+    assert ReferenceDistribution.of(log_of(p), keep=2).divergence(log_of(q)) == pytest.approx([by_hand], rel=1e-5)
 
 
 def test_a_cut_divergence_is_never_above_the_exact_one() -> None:
     rng = np.random.default_rng(1)
     p, q = (log_softmax(3 * rng.standard_normal((20, 200)).astype(np.float32)) for _ in range(2))
-    exact, cut = Expected.of(p).divergence(q), Expected.of(p, keep=20).divergence(q)
+    exact, cut = ReferenceDistribution.of(p).divergence(q), ReferenceDistribution.of(p, keep=20).divergence(q)
     assert (cut <= exact + 1e-5).all()
     assert (cut > 0).all()
 
@@ -59,34 +60,34 @@ def test_a_shared_prefix_ends_where_the_first_token_differs() -> None:
 
 
 def test_repetition_counts_4_grams_of_words_that_stood_before() -> None:
-    assert coherence.repetition("a b c d e f g h") == 0.0
+    assert text_quality.repetition("a b c d e f g h") == 0.0
     # abcd bcda cdab dabc abcd: 5 of which 4 are distinct.
-    assert coherence.repetition("a b c d a b c d") == pytest.approx(1 / 5)
-    assert coherence.repetition("no no no no no no") == pytest.approx(2 / 3)
-    assert coherence.repetition("three words only") == 0.0
+    assert text_quality.repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert text_quality.repetition("no no no no no no") == pytest.approx(2 / 3)
+    assert text_quality.repetition("three words only") == 0.0
 
 
 def test_language_consistency_is_the_share_of_latin_and_ascii() -> None:
-    assert coherence.language_consistency("Größe, naïve!") == 1.0
-    assert coherence.language_consistency("ab 你好") == 0.5
-    assert coherence.language_consistency(" ") == 1.0
+    assert text_quality.language_consistency("Größe, naïve!") == 1.0
+    assert text_quality.language_consistency("ab 你好") == 0.5
+    assert text_quality.language_consistency(" ") == 1.0
 
 
 def test_repeated_text_compresses() -> None:
     varied = "The quick brown fox jumps over the lazy dog near a quiet river bank."
-    assert coherence.compression_ratio("so it goes. " * 40) < 0.1 < coherence.compression_ratio(varied)
-    assert coherence.compression_ratio("") == 1.0
+    assert text_quality.compression_ratio("so it goes. " * 40) < 0.1 < text_quality.compression_ratio(varied)
+    assert text_quality.compression_ratio("") == 1.0
 
 
 def test_violations_are_a_perplexity_above_2_and_strictly_also_repetition() -> None:
-    assert [coherence.violates(p) for p in (1.5, 2.0, 2.1)] == [False, False, True]
-    assert [coherence.violates_strictly(1.5, r) for r in (0.3, 0.31)] == [False, True]
-    assert coherence.violates_strictly(2.1, 0.0)
+    assert [text_quality.violates(p) for p in (1.5, 2.0, 2.1)] == [False, False, True]
+    assert [text_quality.violates_strictly(1.5, r) for r in (0.3, 0.31)] == [False, True]
+    assert text_quality.violates_strictly(2.1, 0.0)
 
 
 def test_an_answer_is_right_where_it_scores_above_every_other_option() -> None:
     scores = [[-1.0, -2.0, -3.0], [-1.0, -0.5], [-1.0, -1.0]]
-    assert correct(scores).tolist() == [True, False, False]
+    assert is_correct(scores).tolist() == [True, False, False]
 
 
 def test_confidence_is_the_share_of_the_answer_among_the_options() -> None:
@@ -118,7 +119,7 @@ ON = parts([1.5, 2.7], [[0.1, 0.3], [0.5]], [[0.0, -1.0]] * 3 + [[-1.0, 0.0]], [
 
 
 def test_figures_are_means_over_items_and_changes_from_off() -> None:
-    found = figures(4.0, ON, OFF)  # type: ignore[arg-type]
+    found = compute_metrics(4.0, ON, OFF)  # type: ignore[arg-type]
     assert found.gap == found.effect == pytest.approx(0.6)
     assert found.gap_error == pytest.approx(0.1)  # changes 0.5 and 0.7: deviation √0.02, over √2
     assert found.kl == pytest.approx(0.3)  # over all tokens alike
@@ -132,11 +133,11 @@ def test_figures_are_means_over_items_and_changes_from_off() -> None:
     assert found.violations == 0
     assert found.strict_violations == 0.5
     assert found.shift is found.self_read is None
-    assert found.whole
+    assert found.complete
 
 
 def test_a_half_has_every_other_item() -> None:
-    first, second = (figures(4.0, ON, OFF, half) for half in (0, 1))  # type: ignore[arg-type]
+    first, second = (compute_metrics(4.0, ON, OFF, half) for half in (0, 1))  # type: ignore[arg-type]
     assert (first.gap, second.gap) == (pytest.approx(0.5), pytest.approx(0.7))
     assert (first.kl, second.kl) == (pytest.approx(0.2), pytest.approx(0.5))
     assert (first.retention, second.retention) == (1.0, 0.5)
@@ -146,10 +147,10 @@ def test_a_half_has_every_other_item() -> None:
 def test_held_out_prompts_shift_by_1_where_they_move_as_far_as_the_classes_lie_apart() -> None:
     off = {"held_out": {"positive": [[1.0, 2.0]], "negative": [[0.0, 1.0]]}}
     on = {"held_out": {"positive": [[1.5, 2.5]], "negative": [[0.5, 1.5]]}}
-    assert figures(1.0, on, off).shift == pytest.approx(0.5)
+    assert compute_metrics(1.0, on, off).shift == pytest.approx(0.5)
 
 
 def test_figures_of_a_part_that_was_not_measured_are_none() -> None:
-    found = figures(4.0, {"probes": ON["probes"]}, OFF)  # type: ignore[arg-type,dict-item]
+    found = compute_metrics(4.0, {"probes": ON["probes"]}, OFF)  # type: ignore[arg-type,dict-item]
     assert found.kl is found.retention is None
-    assert not found.whole
+    assert not found.complete

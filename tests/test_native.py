@@ -7,8 +7,8 @@ import pytest
 from planted import DIAL, random_steering
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import OPERATORS, Operator
 from edge_steer.errors import SteerError
-from edge_steer.operators import OPERATORS, Operator
 from edge_steer.provenance import BaseModel
 from edge_steer.rotation import TurnBy
 from edge_steer.runtime.hook import Hook

@@ -13,8 +13,8 @@ from edge_steer.calibrate.planes import (
     discriminative,
     global_plane,
     local_planes,
-    oriented,
-    steered,
+    orient_plane,
+    select_sites,
 )
 from edge_steer.calibrate.sums import ClassSums
 from edge_steer.errors import SteerError
@@ -66,7 +66,7 @@ def test_directions_that_span_no_plane_are_an_error() -> None:
 def test_a_small_turn_raises_b1_h_at_the_mean(seed: int, flipped: bool) -> None:
     rng = np.random.default_rng(seed)
     basis, mean = global_plane(unit(rng.normal(size=(5, D)))), rng.normal(size=D)
-    turned = oriented(basis * [[1], [-1 if flipped else 1]], mean)
+    turned = orient_plane(basis * [[1], [-1 if flipped else 1]], mean)
     assert turned[1] @ mean < 0
     change = (TurnBy(1e-3)(mean, turned) - mean) @ turned[0]
     assert change == pytest.approx(np.deg2rad(1e-3) * abs(turned[1] @ mean), abs=1e-8)
@@ -144,22 +144,22 @@ RECORDED = [Site(layer, kind) for layer in range(3) for kind in ("attn_norm", "f
 
 def test_masks_by_site_by_layer_and_all() -> None:
     yes = np.array([True, False, True, True, False, False])
-    assert steered("site", yes, RECORDED, RECORDED).tolist() == yes.tolist()
-    assert steered("layer", yes, RECORDED, RECORDED).tolist() == [False, False, True, True, False, False]
-    assert steered("all", yes, RECORDED, RECORDED).all()
+    assert select_sites("site", yes, RECORDED, RECORDED).tolist() == yes.tolist()
+    assert select_sites("layer", yes, RECORDED, RECORDED).tolist() == [False, False, True, True, False, False]
+    assert select_sites("all", yes, RECORDED, RECORDED).all()
 
 
 def test_a_layer_with_a_site_that_was_left_out_is_not_steered() -> None:
     yes = np.array([True, True, True])
-    assert steered("layer", yes, RECORDED[1:4], RECORDED).tolist() == [False, True, True]
+    assert select_sites("layer", yes, RECORDED[1:4], RECORDED).tolist() == [False, True, True]
 
 
 def test_an_empty_mask_is_an_error_that_names_the_mask_to_use() -> None:
     none = np.zeros(6, np.bool_)
     with pytest.raises(SteerError, match="got none; use --mask all"):
-        steered("site", none, RECORDED, RECORDED)
+        select_sites("site", none, RECORDED, RECORDED)
     with pytest.raises(SteerError, match="got none; use --mask all"):
-        steered("layer", none, RECORDED, RECORDED)
+        select_sites("layer", none, RECORDED, RECORDED)
     halves = np.array([True, False] * 3)
     with pytest.raises(SteerError, match="got none; use --mask site"):
-        steered("layer", halves, RECORDED, RECORDED)
+        select_sites("layer", halves, RECORDED, RECORDED)

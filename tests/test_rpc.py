@@ -28,9 +28,9 @@ from devices import EXACT, TOLERANCE, logits_by_batch, open_forced, steerings_fo
 from planted import DIAL
 
 from edge_steer import MismatchError, SteeredLlama, SteerError
+from edge_steer.choices import OPERATORS, Operator
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
-from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime import rpc
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.transcript import read_transcript

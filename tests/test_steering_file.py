@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from edge_steer import FormatError, SteerError, Steering
+from edge_steer.choices import OPERATORS, RANK
 from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import read_model
-from edge_steer.operators import OPERATORS, RANK
 from edge_steer.provenance import BaseModel, Made
 from edge_steer.sites import Site
 from edge_steer.steering import metadata, save_all

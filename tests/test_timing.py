@@ -16,8 +16,8 @@ from timing.picture import draw
 from timing.rounds import Row, Share, rounds_of, table
 from timing.shapes import SHAPES, build
 
-from edge_steer.evaluate.plots import new_figure
 from edge_steer.model_file import read_model
+from edge_steer.sweep.figure import new_figure
 
 
 def test_a_planted_share_is_found_with_an_interval_around_it() -> None:

@@ -22,13 +22,13 @@ import transformers
 from exports import TOKENS, steering_for, tinies
 
 from edge_steer.architectures import architecture
+from edge_steer.choices import OPERATORS, Operator
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
-from edge_steer.evaluate import engine_runs
-from edge_steer.evaluate import verify as verify_module
-from edge_steer.evaluate.verify import TOLERANCES, Verification, distance, verify
 from edge_steer.model_file import read_model
-from edge_steer.operators import OPERATORS, Operator
 from edge_steer.runtime.torch_hooks import steered
+from edge_steer.verify import engine_runs
+from edge_steer.verify.comparison import TOLERANCES, Distance, measure_distance
+from edge_steer.verify.verification import Verification, verify
 
 __all__ = ["tinies"]
 
@@ -249,11 +249,11 @@ def test_the_verb_says_what_is_missing(tinies: dict[str, Any], tmp_path: Path) -
 def test_distance_is_what_its_names_say() -> None:
     a = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
     b = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]], np.float32)) + 3
-    found = distance(a, b)
+    found = measure_distance(a, b)
     assert found.logits == pytest.approx(np.abs(a - b).max())
     assert found.kl == pytest.approx((0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
     assert found.top1 == 0.5
-    assert distance(a, np.pad(a, ((0, 0), (0, 5)))) == verify_module.Distance(0.0, 0.0, 1.0)
+    assert measure_distance(a, np.pad(a, ((0, 0), (0, 5)))) == Distance(0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

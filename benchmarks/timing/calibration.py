@@ -34,7 +34,7 @@ def recording_rows(path: Path, threads: int) -> list[Row]:
     recorder = NativeRecorder(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads)
     llm, asked = recorder._llm, prompts()
 
-    def evaluated(*, sharing: bool) -> Run:
+    def time_evaluation(*, sharing: bool) -> Run:
         def run() -> Mapping[str, float]:
             llm.reset()
             begun = time.perf_counter()
@@ -48,11 +48,11 @@ def recording_rows(path: Path, threads: int) -> list[Row]:
 
     def record() -> Mapping[str, float]:
         llm.reset()
-        return recorded(recorder, asked)
+        return time_recording(recorder, asked)
 
     return [
-        Row(BASELINE, evaluated(sharing=True)),
-        Row("evaluated one by one, unsteered, each whole", evaluated(sharing=False), BASELINE),
+        Row(BASELINE, time_evaluation(sharing=True)),
+        Row("evaluated one by one, unsteered, each whole", time_evaluation(sharing=False), BASELINE),
         Row("native recorder, all sites", record, BASELINE, {"prompt": 0.9}),
     ]
 
@@ -62,11 +62,13 @@ def torch_recording_rows(folder: Path) -> list[Row]:
     rows = []
     for size, what in ((16, "in batches of 16"), (1, "one by one, the published way")):
         recorder = TorchRecorder.load(folder, device="cpu", batch_size=size)
-        rows.append(Row(f"torch recorder (float32), {what}", lambda one=recorder: recorded(one, prompts()), BASELINE))
+        rows.append(
+            Row(f"torch recorder (float32), {what}", lambda one=recorder: time_recording(one, prompts()), BASELINE)
+        )
     return rows
 
 
-def recorded(recorder: Recorder, asked: list[Prompt]) -> Mapping[str, float]:
+def time_recording(recorder: Recorder, asked: list[Prompt]) -> Mapping[str, float]:
     begun = time.perf_counter()
     recorder.sums(asked, lambda _: None)
     return {"prompt": (time.perf_counter() - begun) / len(asked)}

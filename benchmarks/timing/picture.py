@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timing.rounds import Row, Times, shares
 
-from edge_steer.evaluate.plots import COLOURS, new_figure
+from edge_steer.sweep.figure import COLOURS, new_figure
 
 
 def draw(path: Path, measured: Mapping[str, tuple[Sequence[Row], Times]], metrics: Mapping[str, str]) -> None:

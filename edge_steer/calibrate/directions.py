@@ -30,7 +30,7 @@ class Directions:
     unit: Float64
 
 
-def directions(sites: Sequence[Site], positive: ClassSums, negative: ClassSums) -> Directions:
+def compute_directions(sites: Sequence[Site], positive: ClassSums, negative: ClassSums) -> Directions:
     """u_s = v_s/‖v_s‖ with v_s = mean₊ − mean₋, at every one of the S `sites` that has such a direction.
 
     A site whose ‖v_s‖ is at most 1e-6 of the norm of the mean activation has none: with a chat template every prompt
@@ -67,7 +67,7 @@ def axes_at(sites: Sequence[Site], steering: Steering) -> Float64:
     return np.stack([steering.basis_at(site)[0] for site in sites]).astype(np.float64)
 
 
-def without(unit: Float64, axes: Sequence[Float64]) -> tuple[Float64, NDArray[np.intp]]:
+def project_out(unit: Float64, axes: Sequence[Float64]) -> tuple[Float64, NDArray[np.intp]]:
     """The directions (T, d) with their part along each of `axes` (T, d) taken out, unit again, and which T sites keep
     one: u ← unit(u − (u·r)r), the axes made orthogonal to each other first. An axis of zeros takes nothing out.
 

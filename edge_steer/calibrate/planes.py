@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.calibrate.sums import ClassSums, Float64
+from edge_steer.choices import Mask
 from edge_steer.errors import SteerError
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site
 
-Mask = Literal["site", "layer", "all"]
-MASKS: tuple[Mask, ...] = get_args(Mask)
 SHARED_DEPTH = 0.7
 
 
@@ -33,7 +31,7 @@ def best_direction(unit: Float64) -> int:
 def global_plane(unit: Float64) -> Float64:
     """B (2, d) from the directions (T, d): b1 the best of them, b2 their first principal component orthogonal to b1.
 
-    The sign of b2 is left open, see `oriented`. Raises SteerError where all directions are one.
+    The sign of b2 is left open, see `orient_plane`. Raises SteerError where all directions are one.
     """
     b1 = unit[best_direction(unit)]
     _, spread, components = np.linalg.svd(unit - unit.mean(0), full_matrices=False)
@@ -52,7 +50,7 @@ def reference_site(sites: Sequence[Site], block_count: int) -> int:
     return int(np.argmin([abs(site.layer - SHARED_DEPTH * block_count) for site in sites]))
 
 
-def oriented(basis: Float64, mean: Float64) -> Float64:
+def orient_plane(basis: Float64, mean: Float64) -> Float64:
     """B (2, d) with the sign of b2 with which a small +θ raises b1·h at the activation `mean` (d,)."""
     return np.asarray(basis * [[1.0], [1.0 if basis[1] @ mean <= 0 else -1.0]])
 
@@ -102,7 +100,7 @@ def discriminative(positive: ClassSums, negative: ClassSums, b1: Float64) -> NDA
     return np.asarray((positive.mean_unit * b1).sum(-1) * (negative.mean_unit * b1).sum(-1) < 0)
 
 
-def steered(
+def select_sites(
     mask: Mask, discriminative: NDArray[np.bool_], sites: Sequence[Site], recorded: Sequence[Site]
 ) -> NDArray[np.bool_]:
     """(T,) which of the T `sites` are steered.

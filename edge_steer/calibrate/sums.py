@@ -68,7 +68,7 @@ class ClassSums:
         sink = self.sink[index] if self.sink.ndim else self.sink
         return ClassSums(self.count, self.h[index], self.unit[index], self.norm[index], rows, sink)
 
-    def centred(self, where: NDArray[np.bool_]) -> ClassSums:
+    def subtract_mean(self, where: NDArray[np.bool_]) -> ClassSums:
         """Σh and the sink, their mean over the d elements taken off at the sites `where`: what a LayerNorm sees."""
         h, sink = (
             np.where(where[:, None], each - each.mean(-1, keepdims=True), each) if each.ndim else each

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from edge_steer.architectures import architecture_of
 from edge_steer.calibrate.sums import KEPT, ClassSums, Step
 from edge_steer.chat_template import ChatTemplate
+from edge_steer.choices import DEVICES, DTYPES, Device, DType
 from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt
 from edge_steer.provenance import BaseModel
 from edge_steer.sites import Architecture, Site, site_of_module
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +66,8 @@ class TorchRecorder:
             ) from None
         if batch_size < 1:
             raise SteerError(f"expected a batch size of at least 1, got {batch_size}")
-        if dtype not in get_args(DType):
-            raise SteerError(f"expected a dtype among {', '.join(get_args(DType))}, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise SteerError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
         chosen = _device(torch, device)
         if dtype == "auto":
             dtype = "float32" if chosen == "cpu" else "bfloat16"
@@ -214,8 +212,8 @@ def _reading(source: str) -> Iterator[None]:
 
 
 def _device(torch: Any, device: str) -> str:
-    if device not in get_args(Device):
-        raise SteerError(f"expected a device among {', '.join(get_args(Device))}, got {device!r}")
+    if device not in DEVICES:
+        raise SteerError(f"expected a device among {', '.join(DEVICES)}, got {device!r}")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name, yes in there.items() if yes)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_steer.choices import DEVICES, DTYPES, MASKS, OPERATORS, PLANES, Device, DType, Mask, Operator, Plane
 from edge_steer.cli import options
 
 if TYPE_CHECKING:
-    from edge_steer.calibrate import Mask
-    from edge_steer.calibrate.torch_recorder import Device, DType
-    from edge_steer.evaluate.calibration import CalibrationEngine
-    from edge_steer.operators import Operator, Plane
-    from edge_steer.prompts import PromptSet
-    from edge_steer.steering import Steering
-
-
-# As in steering.py and calibrate/, which need numpy: `--help` does without.
-PLANES = ("local", "shared", "global")
-OPERATORS = ("selective", "standard", "adaptive", "ablation", "addition")
-MASKS = ("site", "layer", "all")
+    from edge_steer.calibrate.engines import CalibrationEngine
 
 
 @click.command()
@@ -75,14 +65,14 @@ MASKS = ("site", "layer", "all")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at once (torch).")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
     help="Where to run (torch).",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
     help="Of the weights (torch).",
@@ -107,12 +97,8 @@ def calibrate(
     batch_size: int,
     device: Device,
     dtype: DType,
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
     force: bool,
+    **run: Any,
 ) -> None:
     """Compute a steering from contrasting prompts.
 
@@ -123,33 +109,24 @@ def calibrate(
     edge-steer calibrate -m smollm2-135m --preset sentiment -o happy.gguf
     edge-steer calibrate -m model.gguf --positive formal.txt --negative casual.txt -o formal.gguf
     """
+    from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model, load_axes, load_prompts
     from edge_steer.cli.progress import bar
-    from edge_steer.evaluate.calibration import Wishes, calibrated
-    from edge_steer.preset import load_preset
-    from edge_steer.prompt_files import prompt_set
 
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
     target = options.output_path(output, force, model, positive, negative, *orthogonal_to)
-    if preset is not None:
-        prompts = load_preset(preset)
-    elif positive is not None and negative is not None:
-        prompts = prompt_set(positive, negative, target.stem)
-    else:
+    if preset is None and (positive is None or negative is None):
         raise click.UsageError(f"expected --positive and --negative, got no --{'negative' if positive else 'positive'}")
-    wishes = Wishes(
-        operator=operator, plane=plane, sites=sites, layers=_layers(layers), mask=mask,
-        orthogonal_to=_axes(orthogonal_to, preset), dial=not no_dial,
+    prompts = load_prompts(preset, positive, negative, target.stem, limit)
+    blocks = _parse_layers(layers)
+    if preset in orthogonal_to:
+        raise click.UsageError(f"expected --orthogonal-to another preset than {preset} itself")
+    wanted = CalibrationOptions(
+        operator=operator, plane=plane, sites=sites, layers=blocks, mask=mask,
+        orthogonal_to=load_axes(orthogonal_to, preset), dial=not no_dial,
     )  # fmt: skip
-    engine = _engine(
-        model, batch_size=batch_size, device=device, dtype=dtype, ctx=ctx, gpu_layers=gpu_layers, threads=threads,
-        seed=seed,
-        chat_template=chat_template,
-    )  # fmt: skip
-    steering = calibrated(
-        engine, prompts.first(limit) if limit else prompts, wishes, name=name or target.stem, progress=bar,
-        note=options.note,
-    )  # fmt: skip
+    engine = _open_engine(model, {"batch_size": batch_size, "device": device, "dtype": dtype}, run)
+    steering = calibrate_model(engine, prompts, wanted, name=name or target.stem, progress=bar, note=options.note)
     steering.save(target, force=force)
     options.note(
         f"{steering.name}: {steering.positive} (+) against {steering.negative} (−), {steering.operator}, "
@@ -158,7 +135,7 @@ def calibrate(
     click.echo(target)
 
 
-def _layers(text: str | None) -> tuple[int, int] | None:
+def _parse_layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, dash, last = text.partition("-")
@@ -167,43 +144,12 @@ def _layers(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last or first)
 
 
-def _axes(given: tuple[str, ...], preset: str | None) -> list[PromptSet | Steering] | None:
-    """What is projected out: presets by name, steerings by file; None for what calibration finds best."""
-    from edge_steer.preset import load_preset, preset_names
-    from edge_steer.steering import Steering
-
-    if not given:
-        return None if preset not in (None, "refusal") else []
-    if given == ("none",):
-        return []
-    if preset in given:
-        raise click.UsageError(f"expected --orthogonal-to another preset than {preset} itself")
-    return [load_preset(each) if each in preset_names() else Steering.load(each) for each in given]
-
-
-def _engine(
-    model: str,
-    *,
-    batch_size: int,
-    device: Device,
-    dtype: DType,
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
-) -> CalibrationEngine:
+def _open_engine(model: str, torch: dict[str, Any], run: dict[str, Any]) -> CalibrationEngine:
     """What records and measures: llama.cpp for a GGUF, transformers for a Hugging Face directory or hub id."""
-    from pathlib import Path
+    from edge_steer.calibrate.engines import NativeEngine, TorchEngine, is_hugging_face
 
-    from edge_steer.evaluate.calibration import NativeEngine, TorchEngine
-    from edge_steer.registry import is_gguf
-
-    if Path(model).is_dir() or ("/" in model and not is_gguf(model)):
-        if chat_template is not None:
-            raise click.UsageError("--chat-template is for a GGUF; a Hugging Face model brings its own")
-        return TorchEngine(model, {"device": device, "dtype": dtype, "batch_size": batch_size})
-    path, parameters = options.run_parameters(
-        model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
-    )
-    return NativeEngine(path, parameters)
+    if not is_hugging_face(model):
+        return NativeEngine(*options.run_parameters(model, **run))
+    if run["chat_template"] is not None:
+        raise click.UsageError("--chat-template is for a GGUF; a Hugging Face model brings its own")
+    return TorchEngine(model, torch)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from edge_steer.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edge_steer.runtime.llama import SteeredLlama
 
 MODEL = "smollm2-135m"
 PRESET = "sentiment"
@@ -29,23 +36,20 @@ def demo(
     Fetches SmolLM2-135M-Instruct (98 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
     at both ends of the range that calibration measured, and off.
     """
-    import shutil
-    import textwrap
-
+    from edge_steer.calibrate.engines import NativeEngine
+    from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
     from edge_steer.cli.progress import bar
-    from edge_steer.evaluate.calibration import NativeEngine, Wishes, calibrated
-    from edge_steer.evaluate.metrics import probe_gaps
+    from edge_steer.measure.metrics import probe_gaps
     from edge_steer.preset import load_preset
     from edge_steer.registry import cache_dir
-    from edge_steer.runtime.chat import Sampling, answered
     from edge_steer.runtime.llama import SteeredLlama
 
     path, parameters = options.run_parameters(
         model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
     )
     prompts = load_preset(PRESET)
-    steering = calibrated(
-        NativeEngine(path, parameters), prompts, Wishes(orthogonal_to=None), name=PRESET, progress=bar
+    steering = calibrate_model(
+        NativeEngine(path, parameters), prompts, CalibrationOptions(orthogonal_to=None), name=PRESET, progress=bar
     )
     kept = cache_dir() / f"demo-{PRESET}.gguf"
     steering.save(kept, force=True)
@@ -60,17 +64,7 @@ def demo(
             gaps[dial] = float(probe_gaps(llm, prompts.probes).mean())
             step(1)
 
-    sampling = Sampling(max_tokens=LONGEST, seed=seed)
-    width = min(100, shutil.get_terminal_size().columns)
-    for prompt in PROMPTS:
-        click.secho(f"\n{prompt}", bold=True)
-        for dial, name in dials:
-            llm.angle = dial
-            answer = answered(llm, [{"role": "user", "content": prompt}], sampling)
-            text = answer.text if answer.generated_tokens < LONGEST else _cut(answer.text)
-            head = f"  {'' if dial is None else f'{dial:+.3g}°':>6} {name:<9} "
-            lines = textwrap.wrap(" ".join(text.split()), width - len(head)) or [""]
-            click.echo(click.style(head, fg="cyan") + f"\n{' ' * len(head)}".join(lines))
+    _print_answers(llm, dials, seed)
     click.echo(
         f"\nMeasured on {len(prompts.probes)} probes, how much likelier {prompts.positive_name} answers became than "
         f"{prompts.negative_name} ones\n(change of the gap of their log-probabilities per token):"
@@ -78,6 +72,26 @@ def demo(
     for dial in (low, high):
         click.echo(f"  {dial:+.3g}°  {gaps[dial] - gaps[None]:+.2f}")
     click.echo(f"\nTalk to it, and turn the dial with /angle:\n  edge-steer chat -m {model} -s {kept}")
+
+
+def _print_answers(llm: SteeredLlama, dials: Sequence[tuple[float | None, str]], seed: int) -> None:
+    """The answers to PROMPTS at each of the named dials."""
+    import shutil
+    import textwrap
+
+    from edge_steer.runtime.chat import Sampling, generate_answer
+
+    sampling = Sampling(max_tokens=LONGEST, seed=seed)
+    width = min(100, shutil.get_terminal_size().columns)
+    for prompt in PROMPTS:
+        click.secho(f"\n{prompt}", bold=True)
+        for dial, name in dials:
+            llm.angle = dial
+            answer = generate_answer(llm, [{"role": "user", "content": prompt}], sampling)
+            text = answer.text if answer.generated_tokens < LONGEST else _cut(answer.text)
+            head = f"  {'' if dial is None else f'{dial:+.3g}°':>6} {name:<9} "
+            lines = textwrap.wrap(" ".join(text.split()), width - len(head)) or [""]
+            click.echo(click.style(head, fg="cyan") + f"\n{' ' * len(head)}".join(lines))
 
 
 def _cut(text: str) -> str:

@@ -47,7 +47,7 @@ def generate(
     from functools import partial
 
     from edge_steer.prompts import Prompt
-    from edge_steer.runtime.chat import answered, silent
+    from edge_steer.runtime.chat import generate_answer, silent
 
     if (text is None) == (prompt is None):
         raise click.UsageError('expected one prompt, as in: edge-steer generate -m MODEL "How was your day?"')
@@ -58,7 +58,7 @@ def generate(
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
     )  # fmt: skip
     say = silent if as_json else partial(click.echo, nl=False)
-    answer = answered(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
+    answer = generate_answer(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
     if not answer.generated_tokens:
         options.note("the answer is empty: the model ended it with its first token")
     if not as_json:

@@ -120,10 +120,10 @@ def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
 
     steerings = Steering.load_all(file)
     if plot is not None:
-        from edge_steer.evaluate.plots import layer_map
+        from edge_steer.sweep.layer_plot import plot_layers
 
         path = options.output_path(plot, force, file)
-        layer_map(steerings, path, force=force)
+        plot_layers(steerings, path, force=force)
         options.note(f"wrote {path}")
     if as_json:
         click.echo(json.dumps([as_record(steering) for steering in steerings], ensure_ascii=False, indent=2))

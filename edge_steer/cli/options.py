@@ -254,8 +254,10 @@ def note(text: str) -> None:
 
 def note_plain_template(plain: bool) -> None:
     """Say that a model brings no chat template."""
+    from edge_steer.chat_template import PLAIN_TEMPLATE_NOTE
+
     if plain:
-        note('this model has no chat template; prompts are put as "{prompt}\\nAnswer:"')
+        note(PLAIN_TEMPLATE_NOTE)
 
 
 def sampling(

@@ -11,7 +11,8 @@ import click
 from edge_steer.cli import options
 
 if TYPE_CHECKING:
-    from edge_steer.evaluate.verify import Comparison, Distance, Verification
+    from edge_steer.verify.comparison import Comparison, Distance
+    from edge_steer.verify.verification import Verification
 
 
 @click.command()
@@ -52,8 +53,8 @@ def verify(
     """
     from edge_steer.cli.progress import bar
     from edge_steer.errors import SteerError
-    from edge_steer.evaluate.verify import verify as compare
     from edge_steer.runtime.dials import named_steerings
+    from edge_steer.verify.verification import verify as compare
 
     path, parameters = options.run_parameters(model, ctx=None, gpu_layers=gpu_layers, threads=threads, seed=0)
     steerings, dials = named_steerings(steering or (path,), angle=angle)

@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
+from edge_steer.choices import RANK
 from edge_steer.errors import SteerError
 from edge_steer.export.factors import Actions, Floats
 from edge_steer.export.folding import Reads, Writes, fold_gguf
@@ -29,7 +30,6 @@ from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, check_linear, linear_actions
 from edge_steer.gguf_metadata import Value
 from edge_steer.model_file import ModelFile, read_model
-from edge_steer.operators import RANK
 from edge_steer.steering import Steering
 from edge_steer.whole_file import whole_file
 

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
+from edge_steer.choices import Operator
 from edge_steer.errors import FormatError, MismatchError, SteerError
 from edge_steer.importing.archive import check_archive
 from edge_steer.importing.target import Target
 from edge_steer.json_file import read_json
-from edge_steer.operators import Operator
 from edge_steer.provenance import CONTROL_CHARACTERS, Made
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site, site_of_module

@@ -92,7 +92,7 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
     return Answer(text, len(prompt), count, last - first)
 
 
-def answered(
+def generate_answer(
     llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling, say: Callable[[str], object] = silent
 ) -> Answer:
     """The answer to a chat, whole. say: told its text piece by piece."""

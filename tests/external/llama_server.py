@@ -31,9 +31,9 @@ import numpy as np
 from edge_steer import SteeredLlama
 from edge_steer.calibrate import calibrate
 from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.evaluate.metrics import log_softmax
 from edge_steer.export.lora import export_pair
 from edge_steer.fetch import resolve
+from edge_steer.measure.metrics import log_softmax
 from edge_steer.preset import load_preset
 from edge_steer.rotation import cos_sin
 

@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture
-from edge_steer.calibrate import Mask, calibrate
+from edge_steer.calibrate.dial import DialPosition, find_dial, with_provisional_range
+from edge_steer.calibrate.steering import calibrate
 from edge_steer.calibrate.sums import Recorder, Step
+from edge_steer.choices import Mask, Operator
 from edge_steer.errors import SteerError
-from edge_steer.evaluate.dial import Dial, Divergence, dial_at, with_dials
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import log_softmax, probe_gaps
-from edge_steer.evaluate.model import MeasuredModel, turn
-from edge_steer.operators import Operator
+from edge_steer.measure.divergence import Divergence
+from edge_steer.measure.evaluation_set import pick_evenly
+from edge_steer.measure.measured_model import MeasuredModel, set_dial
+from edge_steer.measure.metrics import log_softmax, probe_gaps
 from edge_steer.prompts import Prompt, PromptSet
 from edge_steer.sites import Architecture
 from edge_steer.steering import Steering
@@ -32,7 +33,7 @@ HELD_OUT = 8  # prompts a class, where there are no probes
 # Candidates that are measured in both directions; the others fell behind in the first.
 FINALISTS = 2
 # What is recorded so that every candidate can be made from it.
-SITES = "norms,layer_out"
+RECORDED_SITES = "norms,layer_out"
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ CANDIDATES = (
 
 
 @dataclass(frozen=True)
-class Measurement:
+class CandidateMeasurement:
     """A candidate's steering with its dials at one divergence, and how far each end moves the gap (None: not asked)."""
 
     candidate: Candidate
     steering: Steering
-    high: Dial
+    high: DialPosition
     positive: float
-    low: Dial | None = None
+    low: DialPosition | None = None
     negative: float | None = None
 
     @property
@@ -72,45 +73,46 @@ class Measurement:
         return self.positive * 2 if self.negative is None else self.positive - self.negative
 
 
-def kinds_of(candidate: Candidate, known: Architecture) -> tuple[str, ...]:
+def site_kinds(candidate: Candidate, known: Architecture) -> tuple[str, ...]:
     """The kinds of site that a candidate means in an architecture."""
     if candidate.sites != "attention":
         return known.kinds_for(candidate.sites)
     return (known.attention_norm,) if known.attention_norm else known.kinds_for("pre")
 
 
-def measures(count: int = len(CANDIDATES)) -> int:
-    """How many `step` calls `choose` makes for so many candidates."""
+def measurement_count(count: int = len(CANDIDATES)) -> int:
+    """How many `step` calls `choose_best` makes for so many candidates."""
     return count + min(FINALISTS, count)
 
 
 @dataclass(frozen=True)
-class Material:
+class CalibrationSplit:
     """The prompts to calibrate on, and those held out to measure on where there are no probes."""
 
     prompts: PromptSet
     held_out: PromptSet | None
 
     @classmethod
-    def of(cls, prompts: PromptSet) -> Material:
+    def of(cls, prompts: PromptSet) -> CalibrationSplit:
         """Every fifth prompt of a class is held out, HELD_OUT at most; where there are few, the same serve both."""
         if prompts.probes:
             return cls(prompts, None)
         if min(len(prompts.positive), len(prompts.negative)) < 10:
             return cls(prompts, prompts.first(HELD_OUT))
 
-        def parted(side: tuple[Prompt, ...]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+        def split_side(side: tuple[Prompt, ...]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
             out = side[4::5][:HELD_OUT]
             return tuple(each for number, each in enumerate(side) if number % 5 != 4 or number // 5 >= HELD_OUT), out
 
-        (positive, held_positive), (negative, held_negative) = parted(prompts.positive), parted(prompts.negative)
+        positive, held_positive = split_side(prompts.positive)
+        negative, held_negative = split_side(prompts.negative)
         return cls(
             replace(prompts, positive=positive, negative=negative),
             replace(prompts, positive=held_positive, negative=held_negative),
         )
 
 
-def candidates(
+def calibrate_candidates(
     recorder: Recorder,
     prompts: PromptSet,
     *,
@@ -122,14 +124,14 @@ def candidates(
 ) -> dict[Candidate, Steering]:
     """A steering for each candidate that the prompts allow; `note` is told of the others.
 
-    recorder: of SITES; hand in a Remembered one, and the prompts are run once. step: as for calibrate.
+    recorder: of RECORDED_SITES; hand in a CachedRecorder, and the prompts are run once. step: as for calibrate.
     Raises SteerError where the prompts allow none.
     """
     steerings: dict[Candidate, Steering] = {}
     known = architecture(recorder.base.architecture)
     reasons = []
     for candidate in CANDIDATES:
-        how: dict[str, Any] = {"plane": candidate.plane, "kinds": kinds_of(candidate, known)}
+        how: dict[str, Any] = {"plane": candidate.plane, "kinds": site_kinds(candidate, known)}
         try:
             steerings[candidate] = calibrate(
                 recorder, prompts, operator=operator, mask=mask, orthogonal_to=orthogonal_to, name=candidate.name,
@@ -143,20 +145,20 @@ def candidates(
     return steerings
 
 
-def choose(
-    model: MeasuredModel, steerings: dict[Candidate, Steering], material: Material, *, measured: Step
-) -> tuple[Steering, list[Measurement]]:
+def choose_best(
+    model: MeasuredModel, steerings: dict[Candidate, Steering], split: CalibrationSplit, *, step: Step
+) -> tuple[Steering, list[CandidateMeasurement]]:
     """The steering that moves the gap most at one divergence, with its provisional range; and all that was measured,
     the best first.
 
-    model: with all of `steerings`. measured: called with 1 after each of `measures()` measurements.
+    model: with all of `steerings`. step: called with 1 after each of `measurement_count()` measurements.
     """
-    held_out = material.held_out
-    gap = _probe_gap(model, material.prompts) if held_out is None else _next_token_gap(model, held_out)
-    found = _measured(model, steerings, gap, measured)
+    held_out = split.held_out
+    gap = _probe_gap(model, split.prompts) if held_out is None else _next_token_gap(model, held_out)
+    found = _measure_candidates(model, steerings, gap, step)
     best = found[0]
     assert best.low is not None
-    steering = with_dials(best.steering, best.low, best.high)
+    steering = with_provisional_range(best.steering, best.low, best.high)
     made = replace(
         steering.made,
         candidates=tuple(each.candidate.name for each in found),
@@ -168,35 +170,35 @@ def choose(
     return steering.with_(made=made), found
 
 
-def _measured(
-    model: MeasuredModel, steerings: dict[Candidate, Steering], gap: Callable[[], float], measured: Step
-) -> list[Measurement]:
+def _measure_candidates(
+    model: MeasuredModel, steerings: dict[Candidate, Steering], gap: Callable[[], float], step: Step
+) -> list[CandidateMeasurement]:
     """Every candidate upward; those that moved most also downward. The best first."""
     divergence = Divergence(model)
-    turn(model, None, None)
+    set_dial(model, None, None)
     off = gap()
 
-    def change(steering: Steering, dial: Dial) -> float:
-        turn(model, steering.name, dial.angle)
+    def change(steering: Steering, dial: DialPosition) -> float:
+        set_dial(model, steering.name, dial.angle)
         return gap() - off
 
     upward = []
     for candidate, steering in steerings.items():
-        high = dial_at(divergence, steering, 1)
-        upward.append(Measurement(candidate, steering, high, change(steering, high)))
-        measured(1)
+        high = find_dial(divergence, steering, 1)
+        upward.append(CandidateMeasurement(candidate, steering, high, change(steering, high)))
+        step(1)
     upward.sort(key=lambda each: -each.effect)
     both = []
     for each in upward[:FINALISTS]:
-        low = dial_at(divergence, each.steering, -1, first=each.high.angle)
+        low = find_dial(divergence, each.steering, -1, first=each.high.angle)
         both.append(replace(each, low=low, negative=change(each.steering, low)))
-        measured(1)
-    turn(model, None, None)
+        step(1)
+    set_dial(model, None, None)
     return [*sorted(both, key=lambda each: -each.effect), *upward[FINALISTS:]]
 
 
 def _probe_gap(model: MeasuredModel, prompts: PromptSet) -> Callable[[], float]:
-    probes = spread(prompts.probes, PROBES)
+    probes = pick_evenly(prompts.probes, PROBES)
     return lambda: float(probe_gaps(model, probes).mean())
 
 
@@ -209,12 +211,12 @@ def _next_token_gap(model: MeasuredModel, held_out: PromptSet) -> Callable[[], f
     def expected(asked: Sequence[list[int]]) -> NDArray[np.float64]:
         return np.stack([log_softmax(model.logits([*each, each[0]], len(each)))[0] for each in asked]).astype(float)
 
-    turn(model, None, None)
+    set_dial(model, None, None)
     positive, negative = (np.exp(expected(side)).mean(0) for side in tokens)
     return lambda: float((expected([*tokens[0], *tokens[1]]) @ (positive - negative)).mean())
 
 
-def table(found: Sequence[Measurement]) -> list[str]:
+def format_table(found: Sequence[CandidateMeasurement]) -> list[str]:
     """What was measured, a line a candidate, the best first."""
     lines = [f"  {'sites':<17} {'dial':>18}   change of the gap"]
     for each in found:

@@ -1,64 +1,36 @@
 """A dial that works right after calibration: the angle at which a text changes by so much, found in seconds.
 
-How much differs by model and site by a factor of fifty, so no fixed angle fits. Letters: n tokens, V vocabulary.
+How much differs by model and site by a factor of fifty, so no fixed angle fits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from edge_steer.errors import NoEffectError
-from edge_steer.evaluate.material import spread
-from edge_steer.evaluate.metrics import Expected, log_softmax, plain_tokens
-from edge_steer.evaluate.model import MeasuredModel, turn
-from edge_steer.preset import neutral_passages
+from edge_steer.measure.divergence import Divergence
 from edge_steer.steering import Steering
 
 # KL from unsteered on neutral text, nats per token, at the ends of a provisional range. A sweep allows 0.25, which is
 # about twice the angle.
-TARGET = 0.08
+TARGET_KL = 0.08
 # As near to the target as the dial is looked for.
-CLOSE = 0.2
-PASSAGES, LENGTH = 4, 32
+TOLERANCE = 0.2
 # Where to look first, in degrees: at norms a dial is some ten times as large as in the residual stream.
 _FIRST_AT_NORMS, _FIRST_IN_STREAM = 12.0, 3.0
 _MOST, _TRIES = 90.0, 12
+# An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
+ADDITION_PER_DEGREE = math.tan(math.radians(1.0))
 _WITH_RANGE = ("selective", "addition")
 
 
 @dataclass(frozen=True)
-class Dial:
+class DialPosition:
     """A position and the divergence from unsteered measured there, nats per token."""
 
     angle: float
     kl: float
-
-
-class Divergence:
-    """KL(unsteered ‖ steered) of a model on the first LENGTH tokens of some texts, mean over their tokens.
-
-    texts: None for PASSAGES of the neutral passages that ship.
-    """
-
-    def __init__(self, model: MeasuredModel, texts: Sequence[str] | None = None) -> None:
-        self._model = model
-        texts = spread(neutral_passages(), PASSAGES) if texts is None else texts
-        self._tokens = [plain_tokens(model, text)[: min(LENGTH + 1, model.n_ctx())] for text in texts]
-        turn(model, None, None)
-        self._expected = [Expected.of(log_softmax(model.logits(tokens, 1))) for tokens in self._tokens]
-
-    def at(self, name: str, angle: float) -> float:
-        """With the steering `name` at `angle` and all others off."""
-        turn(self._model, name, angle)
-        found = [
-            expected.divergence(log_softmax(self._model.logits(tokens, 1)))
-            for expected, tokens in zip(self._expected, self._tokens, strict=True)
-        ]
-        return float(np.concatenate(found).mean())
 
 
 def has_range(steering: Steering) -> bool:
@@ -66,28 +38,27 @@ def has_range(steering: Steering) -> bool:
     return steering.operator in _WITH_RANGE
 
 
-def dial_at(
-    divergence: Divergence, steering: Steering, sign: int, *, first: float | None = None, target: float = TARGET
-) -> Dial:
-    """The dial on one side of off at which the divergence is `target` to within CLOSE; at most 90 degrees.
+def find_dial(
+    divergence: Divergence, steering: Steering, sign: int, *, first: float | None = None, target: float = TARGET_KL
+) -> DialPosition:
+    """The dial on one side of off at which the divergence is `target` to within TOLERANCE; at most 90 degrees.
 
     first: where to look first, above 0. The divergence grows as a power of the angle between 1 and 2, so
     θ ← θ √(target/KL), and between two angles around the target as the straight line in logarithms.
     Raises NoEffectError where even the last angle changes nothing.
     """
-    # An angle turns the mean activation by tan θ of itself along b1; this much addition adds as much.
-    scale = math.tan(math.radians(1.0)) if steering.operator == "addition" else 1.0
+    scale = ADDITION_PER_DEGREE if steering.operator == "addition" else 1.0
     most = _MOST * scale
     in_stream = steering.steered[0].kind == "layer_out"
     angle = (_FIRST_IN_STREAM if in_stream else _FIRST_AT_NORMS) * scale if first is None else first
-    below: Dial | None = None
-    above: Dial | None = None
-    best: Dial | None = None
+    below: DialPosition | None = None
+    above: DialPosition | None = None
+    best: DialPosition | None = None
     for _ in range(_TRIES):
-        found = Dial(sign * angle, divergence.at(steering.name, sign * angle))
+        found = DialPosition(sign * angle, divergence.at(steering.name, sign * angle))
         if best is None or _miss(found, target) < _miss(best, target):
             best = found
-        if _miss(found, target) <= math.log(1 + CLOSE) or (found.kl < target and angle >= most):
+        if _miss(found, target) <= math.log(1 + TOLERANCE) or (found.kl < target and angle >= most):
             break
         if found.kl < target:
             below = found
@@ -108,11 +79,11 @@ def dial_at(
     return best
 
 
-def _miss(dial: Dial, target: float) -> float:
+def _miss(dial: DialPosition, target: float) -> float:
     return abs(math.log(max(dial.kl, 1e-12) / target))
 
 
-def with_dials(steering: Steering, low: Dial, high: Dial) -> Steering:
+def with_provisional_range(steering: Steering, low: DialPosition, high: DialPosition) -> Steering:
     """The steering with a provisional range, and its upper end as the default."""
     low_angle, high_angle = (float(f"{dial.angle:.3g}") for dial in (low, high))
     return steering.with_(angle=high_angle, angle_min=low_angle, angle_max=high_angle, provisional=True)

@@ -8,7 +8,7 @@ from edge_steer.calibrate.sums import ClassSums, Recorder, Step
 from edge_steer.prompts import Prompt
 
 
-class Remembered:
+class CachedRecorder:
     """A Recorder that answers from memory what `recorder` has recorded before: O(classes · sites · width)."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 # Sites that all methods can be made from.
-RECORDED = "pre,layer_out"
+RECORDED_SITES = "pre,layer_out"
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ def check_methods(methods: Sequence[str]) -> None:
         raise SteerError(f"expected each method once, got {', '.join(methods)}")
 
 
-def calibrated(
+def calibrate_methods(
     recorder: Recorder,
     prompts: PromptSet,
     methods: Sequence[str],
@@ -46,7 +46,7 @@ def calibrated(
 ) -> list[Steering]:
     """A steering for each method, named after it; one that the prompts do not allow is told to `note` and left out.
 
-    recorder: of RECORDED. Hand in a Remembered one, and the prompts are run once.
+    recorder: of RECORDED_SITES. Hand in a CachedRecorder, and the prompts are run once.
     Raises SteerError where no method is left.
     """
     check_methods(methods)

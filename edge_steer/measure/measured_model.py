@@ -65,7 +65,7 @@ class TorchModel:
         return np.asarray(rows.float().cpu().numpy())
 
 
-def turn(model: MeasuredModel, name: str | None, dial: float | None) -> None:
+def set_dial(model: MeasuredModel, name: str | None, dial: float | None) -> None:
     """Turn the steering `name` to `dial` and all others off; None: all off."""
     model.angles.update(dict.fromkeys(model.angles))
     if name is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.evaluate.metrics import chosen, log_softmax, plain_tokens, shared_prefix
+from edge_steer.measure.metrics import log_softmax, pick_log_probabilities, plain_tokens, shared_prefix
 from edge_steer.preset import PRESETS
 from edge_steer.runtime.llama import SteeredLlama
 
@@ -40,7 +40,7 @@ def load_questions() -> tuple[Question, ...]:
     return tuple(Question(**{**record, "others": tuple(record["others"])}) for record in records)
 
 
-def option_scores(llm: SteeredLlama, questions: Sequence[Question]) -> list[list[float]]:
+def score_options(llm: SteeredLlama, questions: Sequence[Question]) -> list[list[float]]:
     """Per question, the log-probability per token of each option after the prompt, the answer's first.
 
     Questions are asked in the order of their tokens, so that what two of them share is evaluated once.
@@ -68,18 +68,18 @@ def _scores(llm: SteeredLlama, head: list[int], options: Sequence[list[int]]) ->
         total = float(first[option[0]])
         if len(option) > 1:
             rows = log_softmax(llm.logits([*head, *option], len(head) + 1))
-            total += float(chosen(rows, option[1:]).sum())
+            total += float(pick_log_probabilities(rows, option[1:]).sum())
         found.append(total / len(option))
     return found
 
 
-def correct(scores: Sequence[Sequence[float]]) -> NDArray[np.bool_]:
+def is_correct(scores: Sequence[Sequence[float]]) -> NDArray[np.bool_]:
     """(Q,) whether the answer scores higher than every other option."""
     return np.array([max(each[1:]) < each[0] for each in scores], np.bool_)
 
 
 def confidence(scores: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """(Q,) the share exp(score) of the answer among the options: moves smoothly where `correct` jumps."""
+    """(Q,) the share exp(score) of the answer among the options: moves smoothly where `is_correct` jumps."""
     shares = []
     for each in scores:
         weights = np.exp(np.array(each) - max(each))

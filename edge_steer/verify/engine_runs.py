@@ -31,19 +31,19 @@ Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Baked:
-    """Logits (n, V) of a model with steerings in its weights. back: with the hook undoing them, where that was asked.
+class BakedRun:
+    """Logits (n, V) of a model with steerings in its weights. undone: with the hook undoing them, where that was asked.
 
     rounding: what writing the weights in their types cost, by type, relative.
     """
 
     logits: Logits
-    back: Logits | None
+    undone: Logits | None
     rounding: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Bench:
+class EngineRunner:
     """What is run and on what: a GGUF, a text of n + 1 tokens, parameters of llama_cpp.Llama.
 
     folder: for baked models, one at a time, and for logits: those of a large vocabulary are too much for memory.
@@ -56,8 +56,8 @@ class Bench:
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @classmethod
-    def open(cls, model: ModelFile, count: int, folder: Path, llama: dict[str, Any]) -> Bench:
-        """A bench whose text is the first `count` tokens of the neutral passages, and one more."""
+    def open(cls, model: ModelFile, count: int, folder: Path, llama: dict[str, Any]) -> EngineRunner:
+        """A runner whose text is the first `count` tokens of the neutral passages, and one more."""
         with closing(SteeredLlama(model.path, steering=(), **{**llama, "n_ctx": 256})) as llm:
             text = "\n\n".join(neutral_passages())
             tokens = list(llm.tokenize(text.encode(), add_bos=True, special=False))
@@ -78,12 +78,14 @@ class Bench:
         ) as llm:
             return self._keep(llm.logits(self.text, 1))
 
-    def run_baked(self, on: Sequence[Dialled], steered_type: str | None = None, back: Sequence[Dialled] = ()) -> Baked:
-        """The model with the steerings folded into its weights, also with the hook steering it `back`."""
+    def run_baked(
+        self, on: Sequence[Dialled], steered_type: str | None = None, undo: Sequence[Dialled] = ()
+    ) -> BakedRun:
+        """The model with the steerings folded into its weights, also with the hook applying `undo`."""
         path = self.folder / "baked.gguf"
         rounding = bake_gguf(self.model.path, path, on, steered_type=steered_type).rounding
         try:
-            return Baked(self.run("hook", (), path), self.run("hook", back, path) if back else None, rounding)
+            return BakedRun(self.run("hook", (), path), self.run("hook", undo, path) if undo else None, rounding)
         finally:
             path.unlink()
 
@@ -108,7 +110,7 @@ class Bench:
         return np.asarray(np.load(path, mmap_mode="r"))
 
 
-def undoing(on: Sequence[Dialled]) -> list[Dialled]:
+def inverse_steerings(on: Sequence[Dialled]) -> list[Dialled]:
     """The steerings that turn back what `on` turned; none where one of them cannot be undone."""
     in_stream = [{basis.tobytes() for basis in map(steering.basis_at, steering.steered)} for steering, _ in on
                  if any(site.kind == "layer_out" for site in steering.steered)]  # fmt: skip
@@ -119,7 +121,7 @@ def undoing(on: Sequence[Dialled]) -> list[Dialled]:
     return [(steering, -dial) for steering, dial in reversed(on) if dial is not None]
 
 
-def identity(on: Sequence[Dialled]) -> Dialled:
+def identity_steering(on: Sequence[Dialled]) -> Dialled:
     """A whole turn at all sites of `on`: baked, it leaves every weight as it is, in the type asked for."""
     sites = sorted({site for steering, _ in on for site in steering.steered})
     base = on[0][0].base

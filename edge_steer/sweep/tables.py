@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_steer.evaluate.figures import Figures
-from edge_steer.evaluate.plots import alignment
-from edge_steer.evaluate.sweep import Curve
+from edge_steer.sweep.curve import Curve
+from edge_steer.sweep.layer_plot import direction_alignment
+from edge_steer.sweep.point_metrics import PointMetrics
 from edge_steer.whole_file import whole_file
 
 
 def write_csv(curves: Sequence[Curve], path: Path) -> None:
-    """One row a position, off first: the steering's name, whether the position lies in the safe range, all figures."""
+    """One row a position, off first: the steering's name, whether the position lies in the safe range, all metrics."""
     with whole_file(path, force=True) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["steering", "operator", "safe", *Figures(None).record()])
+        writer = csv.DictWriter(file, ["steering", "operator", "safe", *PointMetrics(None).record()])
         writer.writeheader()
         for curve in curves:
             for point in (curve.off, *curve.points):
                 row = {key: value for key, value in point.record().items() if value is not None}
                 named = {"steering": curve.steering.name, "operator": curve.steering.operator}
-                writer.writerow({**named, "safe": int(is_safe(curve, point)), **row})
+                writer.writerow({**named, "safe": int(curve.is_safe(point)), **row})
 
 
 def write_json(curves: Sequence[Curve], about: dict[str, Any], path: Path) -> None:
@@ -40,7 +40,7 @@ def write_json(curves: Sequence[Curve], about: dict[str, Any], path: Path) -> No
 
 def _record(curve: Curve) -> dict[str, Any]:
     steering = curve.steering
-    aligned = alignment(steering)
+    aligned = direction_alignment(steering)
     return {
         "steering": steering.name,
         "fingerprint": steering.fingerprint,
@@ -49,12 +49,12 @@ def _record(curve: Curve) -> dict[str, Any]:
         "negative": steering.negative,
         "positive": steering.positive,
         "made": vars(steering.made),
-        "safe_range": None if curve.within is None else vars(curve.within),
-        "largest_positive": curve.positive.record(),
-        "largest_negative": curve.negative.record(),
-        "both_directions": curve.both,
+        "safe_range": None if curve.safe_range is None else vars(curve.safe_range),
+        "largest_positive": curve.largest_positive.record(),
+        "largest_negative": curve.largest_negative.record(),
+        "both_directions": curve.both_effects,
         "off": curve.off.record(),
-        "points": [{**point.record(), "safe": is_safe(curve, point)} for point in curve.points],
+        "points": [{**point.record(), "safe": curve.is_safe(point)} for point in curve.points],
         "sites": [
             {
                 "site": site.name, "steered": bool(steering.mask[i]), "separation": _number(steering.separation[i]),
@@ -63,13 +63,6 @@ def _record(curve: Curve) -> dict[str, Any]:
             for i, site in enumerate(steering.sites)
         ],
     }  # fmt: skip
-
-
-def is_safe(curve: Curve, point: Figures) -> bool:
-    """Whether a position lies in the safe range; off does."""
-    if point.dial is None:
-        return True
-    return curve.within is not None and curve.within.low <= point.dial <= curve.within.high
 
 
 def _number(value: float) -> float | None:

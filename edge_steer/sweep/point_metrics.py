@@ -1,4 +1,4 @@
-"""From raw parts to the figures of one position of the dial: plain arithmetic, told as change from off."""
+"""From raw measurements to the metrics of one position of the dial: plain arithmetic, told as change from off."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.evaluate import coherence
-from edge_steer.evaluate.capability import confidence, correct
-from edge_steer.evaluate.parts import Part
+from edge_steer.measure import text_quality
+from edge_steer.measure.capability import confidence, is_correct
+from edge_steer.sweep.measurements import RawMeasurement
 
-Parts = Mapping[str, Part]  # by name
-Half = int | None  # 0: the 1st, 3rd, 5th … of all items; 1: the 2nd, 4th …; None: all
+RawMeasurements = Mapping[str, RawMeasurement]  # by name
+ItemHalf = int | None  # 0: the 1st, 3rd, 5th … of all items; 1: the 2nd, 4th …; None: all
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One position of the dial; None where a part was not measured. `dial` None is off.
+class PointMetrics:
+    """One position of the dial; None where something was not measured. `dial` None is off.
 
     gap: change of the probe gap in nats per token, with its standard error over the probes. shift: how far held-out
     prompts moved along b1, 1 being the distance of the two classes. self_read: change of where the unsteered model
@@ -62,7 +62,7 @@ class Figures:
         return self.gap if self.gap is not None else self.self_read
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all that a budget asks for was measured."""
         return None not in (self.kl, self.retention, self.repetition)
 
@@ -71,57 +71,72 @@ class Figures:
         return {"dial": self.dial, "effect": self.effect, **asdict(self)}
 
 
-def figures(dial: float | None, on: Parts, off: Parts, half: Half = None) -> Figures:
-    """The figures of the parts measured at `dial`, against those measured off; of one half of the items if asked."""
+def compute_metrics(
+    dial: float | None, on: RawMeasurements, off: RawMeasurements, half: ItemHalf = None
+) -> PointMetrics:
+    """The metrics of what was measured at `dial`, against what was measured off; of one half of the items if asked."""
     found: dict[str, float] = {}
     if "probes" in on:
-        change = _array(on["probes"]["gaps"], half) - _array(off["probes"]["gaps"], half)
-        found["gap"] = float(change.mean())
-        found["gap_error"] = float(change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else math.nan
+        found |= _probe_gap(on["probes"], off["probes"], half)
     if "held_out" in on:
         found["shift"] = _shift(on["held_out"], off["held_out"], half)
     if "reading" in on:
         change = _array(on["reading"]["self_read"], half) - _array(off["reading"]["self_read"], half)
         found["self_read"] = float(change.mean())
     if "text" in on:
-        kl, log_p = (np.concatenate(_items(on["text"][key], half)) for key in ("kl", "log_p"))
-        passages = np.array([np.mean(each) for each in _items(on["text"]["kl"], half)])
-        found["kl_error"] = passages.std(ddof=1) / math.sqrt(len(passages)) if len(passages) > 1 else math.nan
-        found |= {
-            "kl": float(kl.mean()), "kl_p99": float(np.quantile(kl, 0.99)), "perplexity": math.exp(-log_p.mean()),
-        }  # fmt: skip
+        found |= _neutral_text(on["text"], half)
     if "questions" in on:
-        now, before = (_items(each["questions"]["scores"], half) for each in (on, off))
-        right, was_right, sure = correct(now), correct(before), float(confidence(now).mean())
-        found |= {
-            "accuracy": float(right.mean()),
-            "retention": _over(right.sum(), was_right.sum()),
-            "retention_error": _over(math.sqrt((right != was_right).sum()), was_right.sum()),
-            "confidence": sure,
-            "confidence_kept": _over(sure, float(confidence(before).mean())),
-        }
+        found |= _accuracy(on["questions"], off["questions"], half)
     if "answers" in on:
-        found |= _coherence(on["answers"], half)
-    return Figures(dial, **{name: value for name, value in found.items() if not math.isnan(value)})
+        found |= _text_quality(on["answers"], half)
+    return PointMetrics(dial, **{name: value for name, value in found.items() if not math.isnan(value)})
 
 
-def _coherence(part: Part, half: Half) -> dict[str, float]:
-    texts = _items(part["texts"], half)
-    perplexities = np.exp(-_array(part["log_p"], half))
-    repetitions = np.array([coherence.repetition(each) for each in texts])
-    strict = [coherence.violates_strictly(p, r) for p, r in zip(perplexities, repetitions, strict=True)]
+def _probe_gap(on: RawMeasurement, off: RawMeasurement, half: ItemHalf) -> dict[str, float]:
+    change = _array(on["gaps"], half) - _array(off["gaps"], half)
+    return {"gap": float(change.mean()), "gap_error": _standard_error(change)}
+
+
+def _neutral_text(text: RawMeasurement, half: ItemHalf) -> dict[str, float]:
+    kl, log_p = (np.concatenate(_items(text[key], half)) for key in ("kl", "log_p"))
+    passages = np.array([np.mean(each) for each in _items(text["kl"], half)])
+    return {
+        "kl": float(kl.mean()),
+        "kl_error": _standard_error(passages),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "perplexity": math.exp(-log_p.mean()),
+    }
+
+
+def _accuracy(on: RawMeasurement, off: RawMeasurement, half: ItemHalf) -> dict[str, float]:
+    now, before = (_items(each["scores"], half) for each in (on, off))
+    right, was_right, sure = is_correct(now), is_correct(before), float(confidence(now).mean())
+    return {
+        "accuracy": float(right.mean()),
+        "retention": _ratio(right.sum(), was_right.sum()),
+        "retention_error": _ratio(math.sqrt((right != was_right).sum()), was_right.sum()),
+        "confidence": sure,
+        "confidence_kept": _ratio(sure, float(confidence(before).mean())),
+    }
+
+
+def _text_quality(answers: RawMeasurement, half: ItemHalf) -> dict[str, float]:
+    texts = _items(answers["texts"], half)
+    perplexities = np.exp(-_array(answers["log_p"], half))
+    repetitions = np.array([text_quality.repetition(each) for each in texts])
+    strict = [text_quality.violates_strictly(p, r) for p, r in zip(perplexities, repetitions, strict=True)]
     return {
         "answer_perplexity": float(np.exp(np.log(perplexities).mean())),
         "repetition": float(repetitions.mean()),
-        "repetition_error": float(repetitions.std(ddof=1) / math.sqrt(len(texts))) if len(texts) > 1 else math.nan,
-        "language": float(np.mean([coherence.language_consistency(each) for each in texts])),
-        "compression": float(np.mean([coherence.compression_ratio(each) for each in texts])),
-        "violations": float(np.mean([coherence.violates(each) for each in perplexities])),
+        "repetition_error": _standard_error(repetitions),
+        "language": float(np.mean([text_quality.language_consistency(each) for each in texts])),
+        "compression": float(np.mean([text_quality.compression_ratio(each) for each in texts])),
+        "violations": float(np.mean([text_quality.violates(each) for each in perplexities])),
         "strict_violations": float(np.mean(strict)),
     }
 
 
-def _shift(on: Part, off: Part, half: Half) -> float:
+def _shift(on: RawMeasurement, off: RawMeasurement, half: ItemHalf) -> float:
     """Mean over sites of how far both classes moved along b1, over how far they lie apart unsteered."""
     now = {side: _array(on[side], half).mean(0) for side in ("positive", "negative")}
     before = {side: _array(off[side], half).mean(0) for side in ("positive", "negative")}
@@ -132,13 +147,18 @@ def _shift(on: Part, off: Part, half: Half) -> float:
     return float(moved.mean()) / size if size > 0 else math.nan
 
 
-def _items(items: Sequence[Any], half: Half) -> Sequence[Any]:
+def _items(items: Sequence[Any], half: ItemHalf) -> Sequence[Any]:
     return items if half is None else items[half::2]
 
 
-def _array(items: Sequence[Any], half: Half) -> NDArray[np.float64]:
+def _array(items: Sequence[Any], half: ItemHalf) -> NDArray[np.float64]:
     return np.array(_items(items, half), np.float64)
 
 
-def _over(now: float, before: float) -> float:
+def _ratio(now: float, before: float) -> float:
     return float(now / before) if before > 0 else math.nan
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean of n values, (n,); NaN for fewer than 2."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

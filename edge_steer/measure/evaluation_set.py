@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from edge_steer.evaluate.capability import Question, load_questions
+from edge_steer.measure.capability import Question, load_questions
 from edge_steer.preset import PRESETS, load_preset, neutral_passages, preset_names
 from edge_steer.prompts import Probe, Prompt, PromptSet
 from edge_steer.steering import Steering
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Amounts:
+class EvaluationSizes:
     """How much is measured at one position of the dial."""
 
     probes: int = 24
@@ -28,11 +28,11 @@ class Amounts:
     held_out: int = 6  # prompts a class
 
 
-QUICK = Amounts(probes=8, passages=6, questions=40, answers=4, answer_tokens=32, held_out=3)
+QUICK_SIZES = EvaluationSizes(probes=8, passages=6, questions=40, answers=4, answer_tokens=32, held_out=3)
 
 
 @dataclass(frozen=True)
-class Material:
+class EvaluationSet:
     """The texts that one position of the dial is measured on.
 
     probes: the effect. passages: neutral text, what changes in them is damage. questions: what the model should still
@@ -49,34 +49,36 @@ class Material:
 
     @property
     def sha256(self) -> str:
-        """Hash of all of it: figures from other material are other figures."""
+        """Hash of all of it: figures from other texts are other figures."""
         texts = asdict(self)
         for prompt in (*texts["positive"], *texts["negative"]):
             del prompt["origin"]
         return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
-def material(amounts: Amounts, probes: Sequence[Probe] = (), held_out: PromptSet | None = None) -> Material:
-    """The shipped texts in the `amounts` wanted, spread over each set, with the probes and held-out prompts given."""
+def build_evaluation_set(
+    sizes: EvaluationSizes, probes: Sequence[Probe] = (), held_out: PromptSet | None = None
+) -> EvaluationSet:
+    """The shipped texts in the `sizes` wanted, spread over each set, with the probes and held-out prompts given."""
     openings = (PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines()
-    return Material(
-        probes=spread(probes, amounts.probes),
-        passages=spread(neutral_passages(), amounts.passages),
-        questions=spread(load_questions(), amounts.questions),
-        openings=spread(openings, amounts.answers),
-        answer_tokens=amounts.answer_tokens,
-        positive=spread(held_out.positive, amounts.held_out) if held_out else (),
-        negative=spread(held_out.negative, amounts.held_out) if held_out else (),
+    return EvaluationSet(
+        probes=pick_evenly(probes, sizes.probes),
+        passages=pick_evenly(neutral_passages(), sizes.passages),
+        questions=pick_evenly(load_questions(), sizes.questions),
+        openings=pick_evenly(openings, sizes.answers),
+        answer_tokens=sizes.answer_tokens,
+        positive=pick_evenly(held_out.positive, sizes.held_out) if held_out else (),
+        negative=pick_evenly(held_out.negative, sizes.held_out) if held_out else (),
     )
 
 
-def spread(items: Sequence[T], count: int) -> tuple[T, ...]:
+def pick_evenly(items: Sequence[T], count: int) -> tuple[T, ...]:
     """At most `count` of the items, evenly spread over them."""
     count = min(count, len(items))
     return tuple(items[number * len(items) // count] for number in range(count))
 
 
-def preset_of(steering: Steering) -> PromptSet | None:
+def find_preset(steering: Steering) -> PromptSet | None:
     """The preset whose prompts, or first prompts, the steering was calibrated on; None for other prompts."""
     for name in preset_names():
         preset = load_preset(name)

@@ -1,0 +1,1 @@
+"""What every position of the dial does, and how far it may go."""
