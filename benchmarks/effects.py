@@ -26,14 +26,14 @@ from typing import Any
 import click
 import numpy as np
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.cached_recorder import CachedRecorder
-from edge_steer.calibrate.dial import find_dial
-from edge_steer.calibrate.engines import NativeEngine
-from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
-from edge_steer.calibrate.site_choice import PROBES as CHOICE_PROBES
-from edge_steer.calibrate.site_choice import RECORDED_SITES, calibrate_candidates
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.cached_recorder import CachedRecorder
+from edge_steer.calibration.dial import find_dial
+from edge_steer.calibration.engines import NativeEngine
+from edge_steer.calibration.native_recorder import NativeRecorder
+from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model
+from edge_steer.calibration.site_choice import PROBES as CHOICE_PROBES
+from edge_steer.calibration.site_choice import RECORDED_SITES, calibrate_candidates
 from edge_steer.errors import SteerError
 from edge_steer.fetch import resolve
 from edge_steer.measure.divergence import PASSAGES, Divergence

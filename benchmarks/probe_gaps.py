@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import click
 import numpy as np
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.cached_recorder import CachedRecorder
-from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.cached_recorder import CachedRecorder
+from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.errors import SteerError
 from edge_steer.fetch import resolve
 from edge_steer.measure.metrics import log_probabilities, plain_tokens, probe_gaps

@@ -24,9 +24,9 @@ from typing import Any
 import click
 from page import RESULTS, write_part
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.cached_recorder import CachedRecorder
-from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.cached_recorder import CachedRecorder
+from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.errors import SteerError
 from edge_steer.fetch import resolve
 from edge_steer.measure.evaluation_set import QUICK_SIZES, EvaluationSizes, build_evaluation_set

@@ -9,15 +9,25 @@ from edge_steer._version import __version__
 from edge_steer.errors import FormatError, MismatchError, NoEffectError, SteerError
 
 if TYPE_CHECKING:
+    from edge_steer.api import calibrate
+    from edge_steer.preset import load_preset
     from edge_steer.runtime.llama import SteeredLlama
     from edge_steer.steering import Steering
 
 # The public names; what else a module here holds is for edge-steer's own use.
-__all__ = ["FormatError", "MismatchError", "NoEffectError", "SteerError", "SteeredLlama", "Steering", "__version__"]
+__all__ = [
+    "FormatError", "MismatchError", "NoEffectError", "SteerError", "SteeredLlama", "Steering", "__version__",
+    "calibrate", "load_preset",
+]  # fmt: skip
 
 
 # numpy and llama-cpp-python take a good part of a second to import; `edge-steer --help` does without.
-_LAZY = {"SteeredLlama": "edge_steer.runtime.llama", "Steering": "edge_steer.steering"}
+_LAZY = {
+    "SteeredLlama": "edge_steer.runtime.llama",
+    "Steering": "edge_steer.steering",
+    "calibrate": "edge_steer.api",
+    "load_preset": "edge_steer.preset",
+}
 
 
 def __getattr__(name: str) -> Any:

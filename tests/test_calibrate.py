@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from edge_steer._version import __version__
-from edge_steer.calibrate import calibrate as calibrate_some
-from edge_steer.calibrate.steering import filter_sites, passes
-from edge_steer.calibrate.sums import ClassSums, Step
+from edge_steer.calibration import calibrate as calibrate_some
+from edge_steer.calibration.steering import filter_sites, passes
+from edge_steer.calibration.sums import ClassSums, Step
 from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt, PromptSet
 from edge_steer.provenance import BaseModel

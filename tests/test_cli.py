@@ -18,8 +18,8 @@ pytest.importorskip("transformers")
 
 import tiny
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.choices import OPERATORS
 from edge_steer.cli import main as main_module
 from edge_steer.prompt_files import prompt_set

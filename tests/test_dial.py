@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from planted import random_steering
 
-from edge_steer.calibrate.dial import TARGET_KL, TOLERANCE, DialPosition, find_dial, with_provisional_range
-from edge_steer.calibrate.engines import NativeEngine, TorchEngine
-from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
-from edge_steer.calibrate.site_choice import CANDIDATES, CalibrationSplit, format_table
+from edge_steer.calibration.dial import TARGET_KL, TOLERANCE, DialPosition, find_dial, with_provisional_range
+from edge_steer.calibration.engines import NativeEngine, TorchEngine
+from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model
+from edge_steer.calibration.site_choice import CANDIDATES, CalibrationSplit, format_table
 from edge_steer.choices import Operator
 from edge_steer.errors import NoEffectError
 from edge_steer.prompts import Prompt, PromptSet
@@ -60,7 +60,7 @@ def test_another_target_and_the_scale_of_additions() -> None:
     assert 0.25 / (1 + TOLERANCE) <= found.kl <= 0.25 * (1 + TOLERANCE)
     divergence: Any = Growing(0.03)
     found = find_dial(divergence, steering(operator="addition"), 1)
-    assert divergence.asked[0] == pytest.approx(1.5 * math.tan(math.radians(1)))
+    assert divergence.asked[0] == pytest.approx(3 * math.tan(math.radians(1)))
     assert TARGET_KL / (1 + TOLERANCE) <= found.kl <= TARGET_KL * (1 + TOLERANCE)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_steer.calibrate.directions import compute_directions
-from edge_steer.calibrate.sums import ClassSums
+from edge_steer.calibration.directions import compute_directions
+from edge_steer.calibration.sums import ClassSums
 from edge_steer.errors import SteerError
 from edge_steer.sites import Site
 

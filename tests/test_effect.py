@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from edge_steer.calibrate.dial import TARGET_KL
-from edge_steer.calibrate.engines import NativeEngine
-from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
+from edge_steer.calibration.dial import TARGET_KL
+from edge_steer.calibration.engines import NativeEngine
+from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model
 from edge_steer.measure.divergence import Divergence
 from edge_steer.measure.metrics import probe_gaps
 from edge_steer.preset import load_preset

@@ -16,8 +16,8 @@ import transformers
 from directories import convert, directory_of
 from exports import ANGLES, Logits, hook_logits, kl, plain_logits
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.converters.quantize import quantize_file
 from edge_steer.export.baked import bake_gguf
 from edge_steer.export.hf import bake_hf

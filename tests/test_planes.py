@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_steer.calibrate.planes import (
+from edge_steer.calibration.planes import (
     best_direction,
     class_angles,
     discriminative,
@@ -16,7 +16,7 @@ from edge_steer.calibrate.planes import (
     orient_plane,
     select_sites,
 )
-from edge_steer.calibrate.sums import ClassSums
+from edge_steer.calibration.sums import ClassSums
 from edge_steer.errors import SteerError
 from edge_steer.rotation import TurnBy
 from edge_steer.sites import Site

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
-from edge_steer.calibrate import calibrate  # noqa: E402
-from edge_steer.calibrate.native_recorder import NativeRecorder  # noqa: E402
-from edge_steer.calibrate.torch_recorder import TorchRecorder  # noqa: E402
+from edge_steer.calibration import calibrate  # noqa: E402
+from edge_steer.calibration.native_recorder import NativeRecorder  # noqa: E402
+from edge_steer.calibration.torch_recorder import TorchRecorder  # noqa: E402
 from edge_steer.prompts import Prompt, PromptSet  # noqa: E402
 
 THINGS = ("tea", "the sun in the morning", "rain", "an old book")

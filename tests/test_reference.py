@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_steer.architectures import ARCHITECTURES
-from edge_steer.calibrate.planes import best_direction, global_plane
+from edge_steer.calibration.planes import best_direction, global_plane
 from edge_steer.sites import Site, site_of_module
 
 torch = pytest.importorskip("torch")

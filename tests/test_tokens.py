@@ -51,7 +51,7 @@ def test_no_eos_stands_behind_a_prompt_whatever_the_vocabulary_asks(adds_eos: Pa
 def test_transformers_adds_no_eos_either(model: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    from edge_steer.calibrate.torch_recorder import TorchRecorder
+    from edge_steer.calibration.torch_recorder import TorchRecorder
 
     recorder = TorchRecorder.load(model.with_suffix(""), device="cpu")
     expected = SteeredLlama(model, **ONE).text_tokens("the end")

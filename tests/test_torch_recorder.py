@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers")
 import tiny  # noqa: E402
 
 from edge_steer.architectures import MODEL_TYPES, architecture  # noqa: E402
-from edge_steer.calibrate import ClassSums, calibrate  # noqa: E402
-from edge_steer.calibrate.torch_recorder import TorchRecorder  # noqa: E402
+from edge_steer.calibration import ClassSums, calibrate  # noqa: E402
+from edge_steer.calibration.torch_recorder import TorchRecorder  # noqa: E402
 from edge_steer.errors import SteerError  # noqa: E402
 from edge_steer.prompts import Prompt, PromptSet  # noqa: E402
 from edge_steer.sites import PRE_KINDS  # noqa: E402

@@ -9,9 +9,9 @@ from pathlib import Path
 from llama_cpp import Llama
 from timing.rounds import Row
 
-from edge_steer.calibrate.native_recorder import NativeRecorder
-from edge_steer.calibrate.sums import Recorder
-from edge_steer.calibrate.torch_recorder import TorchRecorder
+from edge_steer.calibration.native_recorder import NativeRecorder
+from edge_steer.calibration.sums import Recorder
+from edge_steer.calibration.torch_recorder import TorchRecorder
 from edge_steer.preset import load_preset, preset_names
 from edge_steer.prompts import Prompt
 

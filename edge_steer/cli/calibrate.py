@@ -10,7 +10,7 @@ from edge_steer.choices import DEVICES, DTYPES, MASKS, OPERATORS, PLANES, Device
 from edge_steer.cli import options
 
 if TYPE_CHECKING:
-    from edge_steer.calibrate.engines import CalibrationEngine
+    from edge_steer.calibration.engines import CalibrationEngine
 
 
 @click.command()
@@ -109,7 +109,7 @@ def calibrate(
     edge-steer calibrate -m smollm2-135m --preset sentiment -o happy.gguf
     edge-steer calibrate -m model.gguf --positive formal.txt --negative casual.txt -o formal.gguf
     """
-    from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model, load_axes, load_prompts
+    from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model, load_axes, load_prompts
     from edge_steer.cli.progress import bar
 
     if (preset is None) == (positive is None and negative is None):
@@ -146,7 +146,7 @@ def _parse_layers(text: str | None) -> tuple[int, int] | None:
 
 def _open_engine(model: str, torch: dict[str, Any], run: dict[str, Any]) -> CalibrationEngine:
     """What records and measures: llama.cpp for a GGUF, transformers for a Hugging Face directory or hub id."""
-    from edge_steer.calibrate.engines import NativeEngine, TorchEngine, is_hugging_face
+    from edge_steer.calibration.engines import NativeEngine, TorchEngine, is_hugging_face
 
     if not is_hugging_face(model):
         return NativeEngine(*options.run_parameters(model, **run))

@@ -36,8 +36,8 @@ def demo(
     Fetches SmolLM2-135M-Instruct (98 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
     at both ends of the range that calibration measured, and off.
     """
-    from edge_steer.calibrate.engines import NativeEngine
-    from edge_steer.calibrate.pipeline import CalibrationOptions, calibrate_model
+    from edge_steer.calibration.engines import NativeEngine
+    from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model
     from edge_steer.cli.progress import bar
     from edge_steer.measure.metrics import probe_gaps
     from edge_steer.preset import load_preset

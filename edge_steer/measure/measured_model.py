@@ -12,7 +12,7 @@ from edge_steer.runtime.dials import Dials
 from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
-    from edge_steer.calibrate.torch_recorder import TorchRecorder
+    from edge_steer.calibration.torch_recorder import TorchRecorder
     from edge_steer.chat_template import ChatTemplate
 
 

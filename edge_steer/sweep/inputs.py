@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_steer.calibrate.dial import has_range
+from edge_steer.calibration.dial import has_range
 from edge_steer.errors import SteerError
 from edge_steer.gguf_metadata import read_gguf
 from edge_steer.measure.evaluation_set import find_preset

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.sums import Recorder, Step
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.sums import Recorder, Step
 from edge_steer.errors import SteerError
 from edge_steer.prompts import PromptSet
 from edge_steer.steering import Steering

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_steer.calibrate import passes
-from edge_steer.calibrate.cached_recorder import CachedRecorder
-from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibration import passes
+from edge_steer.calibration.cached_recorder import CachedRecorder
+from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.chat_template import PLAIN_TEMPLATE_NOTE
 from edge_steer.export.progress import Progress
 from edge_steer.measure.evaluation_set import QUICK_SIZES, EvaluationSet, EvaluationSizes, build_evaluation_set

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_steer.calibrate.dial import ADDITION_PER_DEGREE
+from edge_steer.calibration.dial import ADDITION_PER_DEGREE
 from edge_steer.choices import Operator
 from edge_steer.sweep.budget import Budget
 from edge_steer.sweep.point_metrics import PointMetrics

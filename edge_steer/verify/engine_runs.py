@@ -91,7 +91,7 @@ class EngineRunner:
 
     def run_torch(self, hf: str | Path, on: Sequence[Dialled]) -> Iterator[Logits]:
         """Logits of the transformers model in the directory `hf`, in float32 on the CPU: steered, then unsteered."""
-        from edge_steer.calibrate.torch_recorder import TorchRecorder
+        from edge_steer.calibration.torch_recorder import TorchRecorder
 
         model = TorchRecorder.load(hf, device="cpu", dtype="float32").model
         import torch

@@ -29,8 +29,8 @@ import llama_cpp
 import numpy as np
 
 from edge_steer import SteeredLlama
-from edge_steer.calibrate import calibrate
-from edge_steer.calibrate.native_recorder import NativeRecorder
+from edge_steer.calibration import calibrate
+from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.export.lora import export_pair
 from edge_steer.fetch import resolve
 from edge_steer.measure.metrics import log_softmax

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edge_steer._version import __version__
 from edge_steer.architectures import ARCHITECTURES
-from edge_steer.calibrate.directions import SMALLEST, axes_at, compute_directions, project_out, sink_axis
-from edge_steer.calibrate.planes import (
+from edge_steer.calibration.directions import SMALLEST, axes_at, compute_directions, project_out, sink_axis
+from edge_steer.calibration.planes import (
     best_direction,
     class_angles,
     discriminative,
@@ -26,7 +26,7 @@ from edge_steer.calibrate.planes import (
     reference_site,
     select_sites,
 )
-from edge_steer.calibrate.sums import ClassSums, Float64, Recorder, Step
+from edge_steer.calibration.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.choices import MASKS, OPERATORS, PLANES, RANK, Mask, Operator, Plane
 from edge_steer.errors import SteerError
 from edge_steer.provenance import Made

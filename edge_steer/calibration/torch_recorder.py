@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture_of
-from edge_steer.calibrate.sums import KEPT, ClassSums, Step
+from edge_steer.calibration.sums import KEPT, ClassSums, Step
 from edge_steer.chat_template import ChatTemplate
 from edge_steer.choices import DEVICES, DTYPES, Device, DType
 from edge_steer.errors import SteerError

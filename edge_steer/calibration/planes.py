@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.calibrate.sums import ClassSums, Float64
+from edge_steer.calibration.sums import ClassSums, Float64
 from edge_steer.choices import Mask
 from edge_steer.errors import SteerError
 from edge_steer.rotation import orthonormal

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture
-from edge_steer.calibrate.dial import DialPosition, find_dial, with_provisional_range
-from edge_steer.calibrate.steering import calibrate
-from edge_steer.calibrate.sums import Recorder, Step
+from edge_steer.calibration.dial import DialPosition, find_dial, with_provisional_range
+from edge_steer.calibration.steering import calibrate
+from edge_steer.calibration.sums import Recorder, Step
 from edge_steer.choices import Mask, Operator
 from edge_steer.errors import SteerError
 from edge_steer.measure.divergence import Divergence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_steer.calibrate.sums import ClassSums, Recorder, Step
+from edge_steer.calibration.sums import ClassSums, Recorder, Step
 from edge_steer.prompts import Prompt
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from edge_steer.calibrate.sums import Recorder
+from edge_steer.calibration.sums import Recorder
 from edge_steer.measure.measured_model import MeasuredModel, TorchModel
 from edge_steer.registry import is_gguf
 from edge_steer.steering import Steering
@@ -47,7 +47,7 @@ class NativeEngine:
     _opened: Any = None
 
     def open_recorder(self, sites: str) -> Recorder:
-        from edge_steer.calibrate.native_recorder import NativeRecorder
+        from edge_steer.calibration.native_recorder import NativeRecorder
 
         self._opened = NativeRecorder(self.path, sites=sites, **self.parameters)
         recorder: Recorder = self._opened
@@ -89,7 +89,7 @@ class TorchEngine:
     _recorder: Any = None
 
     def open_recorder(self, sites: str) -> Recorder:
-        from edge_steer.calibrate.torch_recorder import TorchRecorder
+        from edge_steer.calibration.torch_recorder import TorchRecorder
 
         self._recorder = TorchRecorder.load(self.path, sites=sites, **self.parameters)
         recorder: Recorder = self._recorder

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from edge_steer.calibrate.cached_recorder import CachedRecorder
-from edge_steer.calibrate.dial import find_dial, has_range, with_provisional_range
-from edge_steer.calibrate.engines import CalibrationEngine
-from edge_steer.calibrate.site_choice import (
+from edge_steer.calibration.cached_recorder import CachedRecorder
+from edge_steer.calibration.dial import find_dial, has_range, with_provisional_range
+from edge_steer.calibration.engines import CalibrationEngine
+from edge_steer.calibration.site_choice import (
     RECORDED_SITES,
     CalibrationSplit,
     calibrate_candidates,
@@ -17,8 +17,8 @@ from edge_steer.calibrate.site_choice import (
     format_table,
     measurement_count,
 )
-from edge_steer.calibrate.steering import calibrate, passes
-from edge_steer.calibrate.sums import Recorder
+from edge_steer.calibration.steering import calibrate, passes
+from edge_steer.calibration.sums import Recorder
 from edge_steer.chat_template import PLAIN_TEMPLATE_NOTE
 from edge_steer.choices import Mask, Operator, Plane
 from edge_steer.export.progress import Progress, no_progress

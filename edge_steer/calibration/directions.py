@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.calibrate.sums import ClassSums, Float64
+from edge_steer.calibration.sums import ClassSums, Float64
 from edge_steer.errors import SteerError
 from edge_steer.sites import Site
 from edge_steer.steering import Steering

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edge_steer.architectures import architecture
-from edge_steer.calibrate.sums import KEPT, ClassSums, Float64
+from edge_steer.calibration.sums import KEPT, ClassSums, Float64
 from edge_steer.errors import SteerError
 from edge_steer.model_file import read_model
 from edge_steer.prompts import Prompt
