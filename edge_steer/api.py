@@ -48,7 +48,8 @@ def _prompt_set(
         return positive
     if negative is None or isinstance(positive, str) or isinstance(negative, str):
         raise SteerError("expected two lists of prompts, positive and negative, or a preset")
-    sides = (
-        tuple(each if isinstance(each, Prompt) else Prompt(each) for each in side) for side in (positive, negative)
-    )
-    return PromptSet(name, "", "positive", "negative", *sides)
+    return PromptSet(name, "", "positive", "negative", _prompts(positive), _prompts(negative))
+
+
+def _prompts(side: Sequence[str | Prompt]) -> tuple[Prompt, ...]:
+    return tuple(each if isinstance(each, Prompt) else Prompt(each) for each in side)
