@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from edge_steer.cli.numbers import COUNT, GPU_LAYERS, SEED, THREADS, FiniteRange
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -37,7 +39,7 @@ steering_options = _all(
     ),
     click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
     click.option(
-        "--strength", type=click.FloatRange(-1, 1), help="Share of the stored range, instead of an angle."
+        "--strength", type=FiniteRange(-1, 1), help="Share of the stored range, instead of an angle."
     ),
     click.option(
         "--scope", type=click.Choice(["all", "response"]), default="all", show_default=True,
@@ -53,11 +55,9 @@ run_options = _all(
     click.option(
         "--ctx", type=click.IntRange(1), help="Context in tokens, in steps of 256.  [default: 4096, or the model's]"
     ),
-    click.option(
-        "--gpu-layers", type=click.IntRange(-1), default=0, show_default=True, help="Layers on a GPU; -1 for all."
-    ),
-    click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
+    click.option("--gpu-layers", type=GPU_LAYERS, default=0, show_default=True, help="Layers on a GPU; -1 for all."),
+    click.option("--threads", type=THREADS, help="Threads.  [default: llama-cpp-python's]"),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all that is random."),
     click.option(
         "--chat-template",
         metavar="FILE|NAME",
@@ -71,11 +71,11 @@ rpc_option = click.option(
 
 sampling_options = _all(
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
-    click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True),
-    click.option("--top-k", type=click.IntRange(0), default=40, show_default=True),
-    click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True),
-    click.option("--repeat-penalty", type=click.FloatRange(0), default=1.1, show_default=True),
+    click.option("--temperature", type=FiniteRange(0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=FiniteRange(0, 1), default=0.95, show_default=True),
+    click.option("--top-k", type=COUNT, default=40, show_default=True),
+    click.option("--min-p", type=FiniteRange(0, 1), default=0.05, show_default=True),
+    click.option("--repeat-penalty", type=FiniteRange(0, min_open=True), default=1.1, show_default=True),
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
