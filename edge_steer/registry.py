@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edge_steer.errors import SteerError
+from edge_steer.user_path import user_path
 
 CHUNK = 1 << 20
 Progress = Callable[[int, "int | None"], None]
@@ -76,14 +77,14 @@ class Entry:
 def cache_dir() -> Path:
     """EDGE_STEER_CACHE, or edge-steer's part of the platform's cache folder. It need not exist."""
     if override := os.environ.get("EDGE_STEER_CACHE"):
-        return Path(override).expanduser().absolute()
+        return user_path(override).absolute()
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "edge-steer" / "Cache"
+        return (Path(local) if local else user_path("~/AppData/Local")) / "edge-steer" / "Cache"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edge-steer"
+        return user_path("~/Library/Caches/edge-steer")
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "edge-steer"
+    return (xdg if xdg.is_absolute() else user_path("~/.cache")) / "edge-steer"
 
 
 @functools.cache
@@ -176,7 +177,7 @@ def resolve(model: str | Path, *, fetch: bool = False, progress: Progress = _no_
 
     A known model that is not cached is downloaded with a note on stderr where `fetch` allows it, and else an error.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_file() or (path / "config.json").is_file():
         return path
     name = str(model)

@@ -20,6 +20,7 @@ from edge_steer.contrast import ChatTemplate, Prompt
 from edge_steer.errors import SteerError
 from edge_steer.sites import MODEL_TYPES, Architecture, Site, architecture, site_of_module
 from edge_steer.steering import BaseModel
+from edge_steer.user_path import user_path
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -193,7 +194,7 @@ class TorchRecorder:
 
 def _source(path: str | Path) -> str:
     """`path` as transformers takes it. Raises SteerError for a path of this machine that holds no model."""
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise SteerError(f"expected a Hugging Face model in {local}, got a directory without config.json")

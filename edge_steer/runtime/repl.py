@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_steer.errors import SteerError
 from edge_steer.runtime.chat import Answer, Chat
+from edge_steer.user_path import user_path
 from edge_steer.whole_file import whole_file
 
 HELP = """\
@@ -175,7 +176,7 @@ class Repl:
     def _save(self, file: str) -> None:
         if not file:
             raise SteerError("expected /save FILE, got no file")
-        path = Path(file).expanduser()
+        path = user_path(file)
         if path.exists():
             raise SteerError(f"{path} exists; choose another name")
         record = {
