@@ -52,7 +52,8 @@ PLAIN_TEMPLATE = (
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
-def _check_text(what: str, value: object) -> None:
+def check_text(what: str, value: object) -> None:
+    """Raise FormatError where `value` is no text that says something."""
     if not isinstance(value, str):
         raise FormatError(f"expected text as {what}, got {shown(value)}; write it as a string")
     if not value.strip():
@@ -79,7 +80,7 @@ class Prompt:
         for name in PROMPT_KEYS:
             value = getattr(self, name)
             if name == "prompt" or value is not None:
-                _check_text(name, value)
+                check_text(name, value)
 
     def messages(self) -> list[dict[str, str]]:
         """The chat so far: the system message if there is one, and the user's. `prefix` is not in it."""
@@ -97,7 +98,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "positive", "negative"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,9 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_each_once)
+        except FormatError as error:
+            raise FormatError(f"{path}:{number}: {error}") from None
         except (ValueError, RecursionError) as error:
             # ValueError: a number of too many digits raises one that is no JSONDecodeError.
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "out of bounds"
@@ -275,6 +278,15 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if not isinstance(record, dict):
             raise FormatError(f"{path}:{number}: expected a JSON object, got {shown(record)}")
         yield number, record
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; json takes the last of two values of one key, in silence."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise FormatError(f"expected every key once, got {shown(twice)} twice; remove one")
+    return record
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:

@@ -98,6 +98,7 @@ def test_system_and_prefix_commas_quotes_and_line_separators_survive(write: Writ
         ("p.jsonl", '{"system": "a"}\n', 1, "expected text as prompt, got None"),
         ("p.jsonl", '{"prompt": "\\ud800"}\n', 1, "surrogate"),
         ("p.jsonl", '{"prompt": "a", "promt": "b", "x": 1}\n', 1, "'promt', 'x'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n', 2, "every key once, got 'prompt' twice"),
         ("p.csv", "text,system\na,b\n", 1, "prompt column"),
         ("p.csv", "\nprompt,sistem\na,\n", 2, "'sistem'"),
         ("p.csv", "prompt,prompt\na,b\n", 1, "every column once"),

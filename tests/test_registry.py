@@ -458,9 +458,9 @@ def test_a_home_that_nobody_knows_is_one_line(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     for name in ("EDGE_STEER_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SteerError, match="'~/.cache', whose home folder is not known; set HOME"):
+    with pytest.raises(SteerError, match=r"'~/\.cache', whose home folder is not known; set HOME"):
         registry.cache_dir()
-    with pytest.raises(SteerError, match="'~nobody-here/m.gguf', whose home folder is not known"):
+    with pytest.raises(SteerError, match=r"'~nobody-here/m\.gguf', whose home folder is not known"):
         registry.resolve("~nobody-here/m.gguf")
 
 
