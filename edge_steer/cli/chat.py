@@ -44,12 +44,15 @@ def chat(
     from contextlib import suppress
     from functools import partial
 
+    from edge_steer.contrast import check_text
     from edge_steer.errors import SteerError
     from edge_steer.runtime.chat import Chat
     from edge_steer.runtime.repl import Repl
 
     if sys.stdin is None:
         raise SteerError("expected standard input to read from, got it closed")
+    if system is not None:
+        check_text("system", system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
