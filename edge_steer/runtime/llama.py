@@ -25,8 +25,7 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 from numpy.typing import NDArray
 
-from edge_steer.chat_format import BoundedChatFormatter
-from edge_steer.contrast import PLAIN_TEMPLATE, ChatTemplate
+from edge_steer.contrast import ChatTemplate
 from edge_steer.errors import NoEffectError, SteerError, shown
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
@@ -46,7 +45,7 @@ from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.runtime.tokens import Tokenizer
 from edge_steer.sites import Site, architecture
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content
 Scope = Literal["all", "response"]
 
 _OFF = 0  # the number of the state in which nothing acts
@@ -232,34 +231,26 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._metadata = values
 
     def _choose_chat_format(self) -> None:
-        """Chat completions use the model's own template as it stands, or the plain one; never another model's.
+        """Chat completions use the model's own template, or the plain one, as `chat_tokens` does; never another
+        model's.
 
         llama-cpp-python adds no BOS to a rendered chat; where the model wants one and its template writes none, it is
         written here, so that a chat has the tokens that were calibrated on.
         """
         try:
             template = self.chat_template
-            text = template.render([{"role": "user", "content": "x"}]) if template.source else ""
         except SteerError as error:
             self.chat_handler = partial(_refused, str(error))  # it may be wanted for anything but chats
             return
-        bos = self._token_text(self.token_bos())
-        adds_bos = self._model.add_bos_token()
-        if template.source is None:
-            source, bos = PLAIN_TEMPLATE, bos if adds_bos else ""
-        elif adds_bos and not template.starts_with_bos(text):
-            source = "{{ bos_token }}" + template.source
-        else:
-            source = template.source
-        if self._template is not None and not _is_jinja(self._template):
-            head = bos if adds_bos and not template.starts_with_bos(text) else ""
-            self.chat_handler = chat_formatter_to_chat_completion_handler(
-                lambda messages, **_: ChatFormatterResponse(head + template.render(messages), added_special=True)
-            )
-            return
-        eos = self.token_eos()
-        formatter = BoundedChatFormatter(source, self._token_text(eos), bos, stop_token_ids=[eos])
-        self.chat_handler = formatter.to_chat_handler()
+        bos = self._token_text(self.token_bos()) if self._model.add_bos_token() else ""
+        eos = self._token_text(self.token_eos())
+
+        def formatted(messages: Sequence[Message], **more: Any) -> ChatFormatterResponse:
+            text = template.render(messages, **more)
+            head = "" if template.starts_with_bos(text) else bos
+            return ChatFormatterResponse(head + text, stop=[eos] if eos else [], added_special=True)
+
+        self.chat_handler = chat_formatter_to_chat_completion_handler(formatted)
 
     def _token_text(self, token: int) -> str:
         return "" if token < 0 else str(self._model.token_get_text(token))
