@@ -140,6 +140,15 @@ def test_a_prompt_that_is_no_text_is_refused(place: Path) -> None:
     )
 
 
+def test_a_model_that_fails_an_assertion_of_llama_cpp_is_one_line(place: Path, tmp_path: Path) -> None:
+    twice = (place / "llama.gguf").read_bytes().replace(b"<|unused1|>", b"<|unused0|>")
+    (tmp_path / "twice.gguf").write_bytes(twice)
+    found = process("generate", "-m", tmp_path / "twice.gguf", "-p", "Hi", *ONE_THREAD)
+    assert (found.returncode, found.stdout) == (1, b"")
+    assert found.stderr.startswith(b"Error: llama.cpp stopped: ")
+    assert found.stderr.count(b"\n") == 1
+
+
 def test_pipes_hold_utf_8_whatever_the_locale_is(place: Path, tmp_path: Path) -> None:
     """Windows reads and writes pipes in a code page of its own; here PYTHONIOENCODING stands for it."""
     said = "\u4f60\u597d, \u00e9\u00e9n \U0001f600"

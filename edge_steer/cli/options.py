@@ -93,6 +93,7 @@ def run_parameters(
     rpc: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """The path of a model, fetched if need be, and the parameters of SteeredLlama that the run options stand for."""
+    from edge_steer.cli.abort import tell_of_aborts
     from edge_steer.cli.progress import fetching
     from edge_steer.errors import SteerError
     from edge_steer.model_file import read_model
@@ -111,6 +112,7 @@ def run_parameters(
     if ctx is not None and ctx > trained:
         raise SteerError(f"expected --ctx of at most {trained}, what the model was trained for, got {ctx}")
     _keep_warnings_quiet()
+    tell_of_aborts()
     return str(path), {
         # llama.cpp rounds it up itself, llama-cpp-python's own arrays do not.
         "n_ctx": -(-(ctx or min(4096, trained)) // 256) * 256,
