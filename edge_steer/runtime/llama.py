@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import llama_cpp
 import numpy as np
@@ -26,9 +28,10 @@ from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to
 from numpy.typing import NDArray
 
 from edge_steer.contrast import ChatTemplate
-from edge_steer.errors import NoEffectError, SteerError, shown
+from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
+from edge_steer.runtime.arguments import adapter_path, check_arguments, context_length
 from edge_steer.runtime.dials import (
     FILE_DEFAULT,
     Dials,
@@ -39,6 +42,7 @@ from edge_steer.runtime.dials import (
     warn_of_overlap,
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
+from edge_steer.runtime.llama_log import llama_errors, reason
 from edge_steer.runtime.native import Hook, Record
 from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
@@ -62,6 +66,13 @@ def _refused(reason: str, **_: Any) -> Any:
     raise SteerError(reason)
 
 
+class _Closed:
+    """In place of what has been freed: llama-cpp-python hands llama.cpp a null pointer, or one to where it lay."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise SteerError("expected an open model, got one after close(); make another SteeredLlama")
+
+
 class SteeredLlama(Llama):  # type: ignore[misc]
     """A llama_cpp.Llama with steerings.
 
@@ -80,6 +91,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
     Raises SteerError where a steering does not fit the model.
     """
 
+    n_tokens: int  # cached
+
     def __init__(
         self,
         model_path: str | Path,
@@ -93,9 +106,8 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         template: str | None = None,
         **llama: Any,
     ) -> None:
-        if llama.get("embedding"):
-            raise SteerError("SteeredLlama does not compute embeddings; use llama_cpp.Llama for them")
         file = read_model(model_path)
+        check_arguments(file, llama)
         arch = architecture(file.architecture, (tensor.name for tensor in file.tensors))
         sites = arch.sites(file.block_count, ",".join(arch.kinds))
         embedded = model_path if "steering.count" in file.metadata else ()
@@ -121,25 +133,26 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         self._numbered: dict[tuple[tuple[Action | None, ...], bool], int] = {}
         self._latest_actions: tuple[Action | None, ...] | None = None  # what `_state` was asked for last, and said
         self._latest_response, self._latest_state = False, _OFF
-        self._generating = self._answering = False
+        self._answer: object | None = None  # the answer that has the cache
+        self._answering = False
+        self._lock = threading.RLock()  # held while llama.cpp works: threads that share this object take turns
         self._pieces: dict[int, bytes | None] = {}
 
         llama.setdefault("verbose", False)
-        # llama.cpp rounds the context up to a multiple of 256; llama-cpp-python's own arrays must be as long.
-        llama["n_ctx"] = -(-llama.get("n_ctx", 512) // 256) * 256
-        try:
-            str(model_path).encode()
-        except UnicodeEncodeError:
-            raise SteerError(f"expected a model path in UTF-8, got {shown(str(model_path))}; rename the file") from None
-        try:
-            super().__init__(str(model_path), **llama)
-        except ValueError as error:
-            if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
-                raise
-            raise SteerError(
-                f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
-                "fetch it again, or give less --ctx or --gpu-layers where memory is short"
-            ) from None
+        llama["n_ctx"] = context_length(file, llama.get("n_ctx", 512))
+        own_adapter = adapter_path(llama.pop("lora_path", None))
+        with llama_errors() as errors:
+            try:
+                super().__init__(str(model_path), **llama)
+                self._load_own_adapter(own_adapter, errors)
+            except ValueError as error:
+                if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
+                    raise
+                raise SteerError(
+                    f"{model_path}: expected a model that llama.cpp loads, got: "
+                    f"{reason(errors) or str(error).split(':')[0]}; "
+                    "fetch it again, or give less --ctx or --gpu-layers where memory is short"
+                ) from None
         self._made = True
         self.tokenizer_ = Tokenizer(self)
         # Which state computed a cached token, and where a response began; meaningful below n_tokens.
@@ -221,6 +234,19 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         params.cb_eval_user_data = self._hook.user_data
         self._context_params = params
 
+    def _load_own_adapter(self, path: str | None, errors: list[str]) -> None:
+        """Attach the adapter that lora_path names. (Llama itself goes on with a null pointer where it is refused.)"""
+        if path is None:
+            return
+        adapter = llama_cpp.llama_adapter_lora_init(self._model.model, path.encode())
+        if not adapter:
+            raise SteerError(f"{path}: expected an adapter for this model, got: {reason(errors) or 'one it refuses'}")
+        self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if llama_cpp.llama_set_adapters_lora(self._ctx.ctx, pointers, 1, (ctypes.c_float * 1)(self.lora_scale)):
+            raise SteerError(f"{path}: expected an adapter that llama.cpp attaches, got one that it refuses")
+        self.lora_path, self._lora_adapter = path, adapter
+
     @property
     def metadata(self) -> dict[str, str]:
         """The model's metadata. While Llama is made, without chat templates: it would compile them unbounded."""
@@ -283,9 +309,14 @@ class SteeredLlama(Llama):  # type: ignore[misc]
 
     def close(self) -> None:
         """Free the engine, the context, the model, then the hook that the context calls."""
-        if engine := self.__dict__.pop("_engine", None):
+        if isinstance(self.__dict__.get("_ctx"), _Closed):
+            return
+        self._answer = None
+        if engine := self.__dict__.get("_engine"):
             engine.close()
         super().close()
+        closed: Any = _Closed()
+        self._model = self._ctx = self._engine = self.tokenizer_ = closed
         if hook := self.__dict__.get("_hook"):
             hook.close()
 
@@ -333,16 +364,17 @@ class SteeredLlama(Llama):  # type: ignore[misc]
 
         With scope "response", all but the last token of a prompt are evaluated unsteered.
         """
-        actions = self._angles.actions()
-        response = self._scope == "response"
-        if response and not self._answering:
-            self._eval_under(self._all_off, tokens[:-1])
-            tokens = tokens[-1:]
-        begin = self.n_tokens
-        self._eval_under(actions, tokens, response)
-        if response and not self._answering:
-            self._opens[begin : self.n_tokens] = True
-        self._answering = self._generating
+        with self._lock:
+            actions = self._angles.actions()
+            response = self._scope == "response"
+            if response and not self._answering:
+                self._eval_under(self._all_off, tokens[:-1])
+                tokens = tokens[-1:]
+            begin = self.n_tokens
+            self._eval_under(actions, tokens, response)
+            if response and not self._answering:
+                self._opens[begin : self.n_tokens] = True
+            self._answering = self._answer is not None
 
     @property
     def _all_off(self) -> tuple[Action | None, ...]:
@@ -389,39 +421,86 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         return number
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again."""
-        tokens = list(tokens)
-        if kwargs.get("reset", True):
-            self._cut_cache(tokens)
-        self._generating, self._answering = True, False
+        """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again.
+
+        There is one cache: an answer that was left when another began cannot go on, and raises SteerError.
+        """
+        tokens, answer = list(tokens), object()
+        if not tokens:
+            raise SteerError("expected a prompt of at least one token, got none; this model adds no BOS of its own")
+        with self._lock:
+            if kwargs.get("reset", True):
+                self._cut_cache(tokens)
+            self._answer, self._answering = answer, False
         try:
-            stream = super().generate(tokens, *args, **kwargs)
-            if self._plain(*args, **kwargs):
-                yield from self._continued(next(stream))
-            else:
-                yield from stream
+            with closing(super().generate(tokens, *args, **kwargs)) as stream:
+                follow = self._continued if self._plain(*args, **kwargs) else self._followed
+                yield from follow(answer, stream)
         except (Exception, KeyboardInterrupt):
-            self._requires_eval = True  # a decode may have ended without being noted
+            if self._answer is answer:
+                self._requires_eval = True  # a decode may have ended without being noted
             raise
         finally:
-            self._generating = self._answering = False
+            if self._answer is answer:
+                self._leave()
+
+    def _leave(self) -> None:
+        """No answer has the cache any more."""
+        self._answer, self._answering = None, False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The cache for something else than an answer."""
+        with self._lock:
+            self._leave()
+            yield
+
+    def _demand_turn(self, answer: object) -> None:
+        if self._answer is not answer:
+            raise SteerError(
+                "this answer was left when the model began something else or was closed; end a stream before the "
+                "next, or give each its own SteeredLlama"
+            )
 
     def _plain(self, *args: Any, **how: Any) -> bool:
         """Whether an answer goes on as `_continued` has it: nothing but the sampler decides on a token."""
         extras = (how.get("stopping_criteria"), how.get("logits_processor"), self.draft_model)
         return not args and not self._logits_all and extras == (None, None, None)
 
-    def _continued(self, token: int) -> Generator[int, Sequence[int] | None, None]:
-        """An answer from its first token on. As Llama.generate goes on, with fewer calls for each token: a decode
-        leaves none of Python in the processor's caches, and each costs ten times what it costs in a loop of its own."""
-        sampler, context = self._sampler, self._ctx
+    def _followed(
+        self, answer: object, stream: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """An answer as Llama.generate goes on."""
+        sent = None
+        while True:
+            with self._lock:
+                self._demand_turn(answer)
+                try:
+                    token = stream.send(sent)
+                except StopIteration:
+                    return
+            sent = yield token
+
+    def _continued(
+        self, answer: object, stream: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """An answer whose first token is the stream's. As Llama.generate goes on, with fewer calls for each token: a
+        decode leaves none of Python in the processor's caches, and each costs ten times what it costs in a loop of its
+        own."""
+        with self._lock:
+            self._demand_turn(answer)
+            token = next(stream)
+        sampler, context, lock = self._sampler, self._ctx, self._lock
         while True:
             sent = yield token
-            if sent is None:
-                self._step(token)
-            else:
-                self.eval([token, *sent])
-            token = sampler.sample(context, -1)
+            with lock:
+                if self._answer is not answer:
+                    self._demand_turn(answer)
+                if sent is None:
+                    self._step(token)
+                else:
+                    self.eval([token, *sent])
+                token = sampler.sample(context, -1)
 
     def _step(self, token: int) -> None:
         """`eval` of one token of an answer."""
@@ -456,9 +535,19 @@ class SteeredLlama(Llama):  # type: ignore[misc]
         # A former last prompt token without its answer is a prompt token again, which is not steered.
         if self._scope == "response" and 0 < keep < len(tokens) and self._opens[keep - 1] and stamps[keep - 1] != _OFF:
             keep -= 1
+        ready = keep == len(tokens) == self.n_tokens and not self._requires_eval  # its logits are there
+        if not ready and self._slid_past(min(keep, len(tokens) - 1)):
+            keep = 0
         if keep < shared:
             self.n_tokens = keep
             self._requires_eval = True
+
+    def _slid_past(self, count: int) -> bool:
+        """Whether a sliding window that is kept no larger than it must be (swa_full=False) has lost what the token
+        behind the first `count` looks back to. llama.cpp cuts such a cache without a word."""
+        window = llama_cpp.llama_model_n_swa(self._model.model)
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._ctx.ctx), 0) if window else 0
+        return bool(first > max(0, count - window + 1))
 
     def save_state(self) -> Any:
         """As llama_cpp.Llama.save_state, with the steering state of every cached token."""
@@ -497,28 +586,31 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             raise SteerError(
                 f"expected 0 < start < tokens <= {self.n_ctx()}, got {start} and {len(tokens)}; {self.longer()}"
             )
-        self._cut_cache(tokens[:start])
-        self._keep(min(self._shared(tokens), start - 1))
-        actions, response = self._angles.actions(), self._scope == "response"
-        self._eval_under(self._all_off if response else actions, tokens[self.n_tokens : start - 1])
-        found: list[NDArray[np.float32]] = []
+        with self._alone():
+            self._cut_cache(tokens[:start])
+            self._keep(min(self._shared(tokens), start - 1))
+            actions, response = self._angles.actions(), self._scope == "response"
+            self._eval_under(self._all_off if response else actions, tokens[self.n_tokens : start - 1])
+            found: list[NDArray[np.float32]] = []
 
-        def evaluate(part: Sequence[int]) -> None:
-            # As Llama.eval, with a row of logits for every token; few at a time, a row can be a megabyte.
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-            for i in range(0, len(part), min(64, self.n_batch)):
-                batch = part[i : i + min(64, self.n_batch)]
-                self._batch.set_batch(batch=batch, n_past=self.n_tokens, logits_all=True)
-                self._ctx.decode(self._batch)
-                self.input_ids[self.n_tokens : self.n_tokens + len(batch)] = batch
-                self.n_tokens += len(batch)
-                found.append(np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab)).copy())
+            def evaluate(part: Sequence[int]) -> None:
+                # As Llama.eval, with a row of logits for every token; few at a time, a row can be a megabyte.
+                self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+                for i in range(0, len(part), min(64, self.n_batch)):
+                    batch = part[i : i + min(64, self.n_batch)]
+                    self._batch.set_batch(batch=batch, n_past=self.n_tokens, logits_all=True)
+                    self._ctx.decode(self._batch)
+                    self.input_ids[self.n_tokens : self.n_tokens + len(batch)] = batch
+                    self.n_tokens += len(batch)
+                    found.append(
+                        np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab)).copy()
+                    )
 
-        self._eval_under(actions, tokens[start - 1 : -1], response, evaluate)
-        if response:
-            self._opens[start - 1] = True
-        self._requires_eval = True  # what Llama would sample from are not the logits of the last token alone
-        return np.concatenate(found)
+            self._eval_under(actions, tokens[start - 1 : -1], response, evaluate)
+            if response:
+                self._opens[start - 1] = True
+            self._requires_eval = True  # what Llama would sample from are not the logits of the last token alone
+            return np.concatenate(found)
 
     def longer(self) -> str:
         """What to do about a text that is longer than the context."""
@@ -533,7 +625,7 @@ class SteeredLlama(Llama):  # type: ignore[misc]
 
     def _keep(self, count: int) -> None:
         """Cut the cache to its first `count` tokens, or to none where a sliding window has moved past them."""
-        if count and self._ctx.kv_cache_seq_rm(-1, count, -1):
+        if count and not self._slid_past(count) and self._ctx.kv_cache_seq_rm(-1, count, -1):
             self.n_tokens = count
             self._requires_eval = True
         else:
@@ -551,18 +643,19 @@ class SteeredLlama(Llama):  # type: ignore[misc]
             raise SteerError(
                 f"expected a prompt of 1 to {self.n_ctx()} tokens, the context, got {len(tokens)}; {self.longer()}"
             )
-        actions = self._angles.actions() if steered else self._all_off
-        shared = self._shared(tokens[:-1])
-        usable = self._stamps[:shared] == self._state(actions, False)
-        self._keep(shared if usable.all() else int(np.flatnonzero(~usable)[0]))
-        # The last micro-batch on its own: the only one whose last row is the prompt's last token.
-        last = min(len(tokens) - self.n_tokens, int(self.context_params.n_ubatch))
-        self._eval_under(actions, tokens[self.n_tokens : len(tokens) - last])
-        self._hook.record(record)
-        try:
-            self._eval_under(actions, tokens[len(tokens) - last :])
-        finally:
-            self._hook.record(None)
+        with self._alone():
+            actions = self._angles.actions() if steered else self._all_off
+            shared = self._shared(tokens[:-1])
+            usable = self._stamps[:shared] == self._state(actions, False)
+            self._keep(shared if usable.all() else int(np.flatnonzero(~usable)[0]))
+            # The last micro-batch on its own: the only one whose last row is the prompt's last token.
+            last = min(len(tokens) - self.n_tokens, int(self.context_params.n_ubatch))
+            self._eval_under(actions, tokens[self.n_tokens : len(tokens) - last])
+            self._hook.record(record)
+            try:
+                self._eval_under(actions, tokens[len(tokens) - last :])
+            finally:
+                self._hook.record(None)
 
     @property
     def hook_sites(self) -> tuple[Site, ...]:
