@@ -171,7 +171,7 @@ def test_nesting_of_any_depth_is_refused_in_one_line(tmp_path: Path, open_: str)
         ("p.txt", "é\n".encode() + "é\n".encode("latin-1"), None),
         ("p.txt", "a\n".encode("utf-16-le"), None),
         ("p.txt", "a\n".encode("utf-32"), None),
-        ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', ("b",)),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', None),
         ("p.jsonl", '{"prompt": ' + "1" * 90_000 + "}\n", None),
         ("p.jsonl", '{"prompt": NaN}\n', None),
     ],
