@@ -22,17 +22,6 @@ from edge_steer.prompts import Prompt
 PLAIN_TEMPLATE_NOTE = 'this model has no chat template; prompts are put as "{prompt}\\nAnswer:"'
 PLAIN_FORMS = {"system": "{}\n\n", "user": "{}\nAnswer:", "assistant": " {}\n\n"}
 
-# The same for llama-cpp-python's Jinja2ChatFormatter. It adds no BOS to what a template renders, so this one writes it:
-# hand in bos_token="" where the model's tokenizer adds none (Llama._model.add_bos_token).
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] | trim + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ message['content'] | trim + '\\nAnswer:' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + '\\n\\n' }}"
-    "{% else %}{{ raise_exception('expected role system, user, assistant, got ' + message['role']) }}{% endif %}"
-    "{% endfor %}"
-)
-
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -44,7 +33,7 @@ class ChatTemplate:
 
     source: str | None
     bos_token: str
-    _write: Callable[[list[dict[str, str]]], str] = field(repr=False, compare=False)
+    _write: Callable[..., str] = field(repr=False, compare=False)
 
     @classmethod
     def from_gguf(cls, template: str | None, bos_token: str, eos_token: str) -> ChatTemplate:
@@ -61,12 +50,14 @@ class ChatTemplate:
         except _template_errors() as error:
             raise _broken(error) from None
 
-        def write(messages: list[dict[str, str]]) -> str:
+        def write(messages: list[dict[str, Any]], **more: Any) -> str:
             try:
-                return str(formatter(messages=messages).prompt)
+                return str(formatter(messages=messages, **more).prompt)
             except _template_errors() as error:
+                if more.get("tools") is not None:
+                    raise
                 try:  # templates of models that call tools may take a list of them for granted
-                    return str(formatter(messages=messages, tools=[]).prompt)
+                    return str(formatter(messages=messages, **{**more, "tools": []}).prompt)
                 except _template_errors():
                     raise error from None
 
@@ -81,7 +72,7 @@ class ChatTemplate:
             raise SteerError(
                 f"expected a chat template's file, or one of {', '.join(builtin_names())}, got {shown(name)}"
             )
-        return cls(name, bos_token, lambda messages: apply_builtin(name, messages))
+        return cls(name, bos_token, lambda messages, **_: apply_builtin(name, messages))
 
     @classmethod
     def from_tokenizer(cls, hf_tokenizer: Any) -> ChatTemplate:
@@ -90,7 +81,7 @@ class ChatTemplate:
         if not template:
             return cls(None, bos_token, _plain)
 
-        def write(messages: list[dict[str, str]]) -> str:
+        def write(messages: list[dict[str, Any]], **_: Any) -> str:
             return str(hf_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
         return cls(str(template), bos_token, write)
@@ -104,24 +95,25 @@ class ChatTemplate:
         """Whether `text` begins with the BOS already, so that the tokenizer must not add one."""
         return bool(self.bos_token) and text.startswith(self.bos_token)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
         """The text of a chat, generation prompt included. Raises SteerError where the template fails.
 
         A template without a system role (Gemma refuses it, others drop it) gets its text at the head of the first
-        user message, a blank line between.
+        user message, a blank line between. A content in parts of text is one text, a line each.
+        more: what else a Jinja template may ask for, such as tools.
         """
-        chat = [dict(message) for message in messages]
+        chat = [_with_text(message) for message in messages]
         errors = _template_errors()
         system = chat[0]["content"] if chat and chat[0].get("role") == "system" else None
         try:
-            text = self._write(chat)
+            text = self._write(chat, **more)
             if system is None or system.strip() in text:
                 return text
         except errors as error:
             if system is None:
                 raise _broken(error) from None
         try:
-            return self._write(_folded(chat))
+            return self._write(_folded(chat), **more)
         except errors as error:
             raise _broken(error) from None
 
@@ -130,7 +122,20 @@ class ChatTemplate:
         return self.render(prompt.messages()) + (prompt.prefix or "")
 
 
-def _folded(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates want it, which write a list as Python does, and None as a word."""
+    content = message.get("content")
+    if isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, Mapping) else part for part in content]
+        if others := [kind for kind in kinds if kind != "text"]:
+            raise SteerError(f"expected a message of text, got a part of type {shown(others[0])}; leave it out")
+        content = "\n".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str) and message.get("role") in ("system", "user"):
+        raise SteerError(f"expected text as content of a {message['role']} message, got {shown(content)}")
+    return {**message, "content": content}
+
+
+def _folded(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`chat` with its system message, the first, moved into the user message after it."""
     system, *rest = chat
     if not rest:
@@ -138,8 +143,8 @@ def _folded(chat: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
-def _plain(messages: list[dict[str, str]]) -> str:
-    """`{prompt}\\nAnswer:`, for a model without a template; the same text as PLAIN_TEMPLATE, less the BOS."""
+def _plain(messages: list[dict[str, Any]], **_: Any) -> str:
+    """`{prompt}\\nAnswer:`, for a model without a template."""
     text = ""
     for message in messages:
         form = PLAIN_FORMS.get(message["role"])

@@ -11,6 +11,7 @@ from edge_steer import fetch_hub, fetch_wheels
 from edge_steer.errors import SteerError
 from edge_steer.fetch_wheels import Progress
 from edge_steer.registry import Entry, HubFile, cached_path, entry, is_known, own_place
+from edge_steer.user_path import user_path
 
 
 def _no_progress(done: int, total: int | None) -> None:
@@ -50,7 +51,7 @@ def resolve(model: str | Path, *, fetch: bool = False, progress: Progress = _no_
 
     A known model that is not cached is downloaded with a note on stderr where `fetch` allows it, and else an error.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_file() or (path / "config.json").is_file():
         return path
     name = str(model)

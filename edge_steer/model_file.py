@@ -62,7 +62,7 @@ class ModelFile:
 
     @property
     def context_length(self) -> int:
-        return self._size("context_length")
+        return self._size("context_length", (1 << 31) - 1)  # llama.cpp counts tokens in an int32
 
     @property
     def chat_template(self) -> str | None:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,9 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_each_once)
+        except FormatError as error:
+            raise FormatError(f"{path}:{number}: {error}") from None
         except (ValueError, RecursionError) as error:
             # ValueError: a number of too many digits raises one that is no JSONDecodeError.
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "out of bounds"
@@ -131,6 +134,15 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if not isinstance(record, dict):
             raise FormatError(f"{path}:{number}: expected a JSON object, got {shown(record)}")
         yield number, record
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; json takes the last of two values of one key, in silence."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise FormatError(f"expected every key once, got {shown(twice)} twice; remove one")
+    return record
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:

@@ -17,7 +17,8 @@ _INVISIBLE = re.compile(
 )
 
 
-def _check_text(what: str, value: object) -> None:
+def check_text(what: str, value: object) -> None:
+    """Raise FormatError where `value` is no text that says something."""
     if not isinstance(value, str):
         raise FormatError(f"expected text as {what}, got {shown(value)}; write it as a string")
     if not value.strip():
@@ -44,7 +45,7 @@ class Prompt:
         for name in PROMPT_KEYS:
             value = getattr(self, name)
             if name == "prompt" or value is not None:
-                _check_text(name, value)
+                check_text(name, value)
 
     def messages(self) -> list[dict[str, str]]:
         """The chat so far: the system message if there is one, and the user's. `prefix` is not in it."""
@@ -62,7 +63,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "positive", "negative"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

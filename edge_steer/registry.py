@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_steer.errors import SteerError
+from edge_steer.user_path import user_path
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class Entry:
 def cache_dir() -> Path:
     """EDGE_STEER_CACHE, or edge-steer's part of the platform's cache folder. It need not exist."""
     if override := os.environ.get("EDGE_STEER_CACHE"):
-        return Path(override).expanduser().absolute()
+        return user_path(override).absolute()
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "edge-steer" / "Cache"
+        return (Path(local) if local else user_path("~/AppData/Local")) / "edge-steer" / "Cache"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edge-steer"
+        return user_path("~/Library/Caches/edge-steer")
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "edge-steer"
+    return (xdg if xdg.is_absolute() else user_path("~/.cache")) / "edge-steer"
 
 
 @functools.cache

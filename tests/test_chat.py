@@ -225,7 +225,8 @@ def test_compare_without_a_dial_is_an_error(model: Path) -> None:
 
 def test_save_writes_the_conversation_once(llm: SteeredLlama, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
-    _, notes, chat = talk(llm, "Hello", f"/save {file}", f"/save {file}", f"/save {tmp_path / 'none' / 'x'}", "/save")
+    others = (file, tmp_path / "none" / "x", "~nobody-here/x")
+    _, notes, chat = talk(llm, "Hello", f"/save {file}", *(f"/save {other}" for other in others), "/save")
     assert json.loads(file.read_text("utf-8")) == {
         "model": "llama.gguf",
         "angles": {"happy": 20.0, "formal": None},
@@ -234,7 +235,7 @@ def test_save_writes_the_conversation_once(llm: SteeredLlama, tmp_path: Path) ->
     }
     assert notes[0] == f"saved {file}"
     assert all(note.startswith("Error: ") for note in notes[1:])
-    assert len(notes) == 4
+    assert len(notes) == 5
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -71,6 +71,52 @@ def test_a_template_that_takes_tools_for_granted_gets_none(tmp_path: Path, monke
     assert llm.chat_tokens(CHAT)
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+REFUSES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+)
+DROPS = "{% for m in messages if m.role != 'system' %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+
+
+@pytest.mark.parametrize("template", [None, REFUSES, DROPS, NEEDS_TOOLS, "chatml", "gemma"])
+@pytest.mark.parametrize("chat", [CHAT, [SYSTEM, *CHAT]])
+def test_chat_completions_have_the_tokens_of_the_command_line(
+    model: Path, template: str | None, chat: list[dict[str, str]]
+) -> None:
+    llm = SteeredLlama(model, template=template, **ONE)
+    seen: list[list[int]] = []
+    create = llm.create_completion
+    llm.create_completion = lambda prompt, **how: (seen.append(prompt), create(prompt, **how))[1]
+    llm.create_chat_completion(messages=chat, max_tokens=1)
+    assert seen == [llm.chat_tokens(chat)]
+
+
+def test_a_template_is_told_of_the_tools_of_a_chat_completion(model: Path) -> None:
+    llm = SteeredLlama(model, template="{{ tools[0].function.name }} {{ messages[0].content }}", **ONE)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    assert llm.chat_template.render(CHAT, tools=tools) == "weather Hello"
+    used = llm.create_chat_completion(messages=CHAT, tools=tools, max_tokens=1)["usage"]
+    assert used["prompt_tokens"] == len(llm.text_tokens("weather Hello"))
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_content_in_parts_of_text_is_that_text(model: Path, template: str | None) -> None:
+    llm = SteeredLlama(model, template=template, **ONE)
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+    assert llm.chat_tokens([{"role": "user", "content": parts}]) == llm.chat_tokens(
+        [{"role": "user", "content": "Hello\nthere"}]
+    )
+    for content, got in (
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "a part of type 'image_url'"),
+        (["Hello"], "a part of type 'Hello'"),
+        (None, "got None"),
+        (5, "got 5"),
+    ):
+        with pytest.raises(SteerError, match=got):
+            llm.create_chat_completion(messages=[{"role": "user", "content": content}], max_tokens=1)
+
+
 def test_a_model_whose_template_never_renders_loads_and_says_so_when_it_chats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

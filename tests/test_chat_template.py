@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from edge_steer.chat_template import PLAIN_TEMPLATE, ChatTemplate
+from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt
 
@@ -66,21 +64,6 @@ def test_a_model_without_a_template_gets_the_plain_one() -> None:
         assert template.render([*CHAT[:2], {"role": "assistant", "content": " A1\n"}, CHAT[3]]) == template.render(CHAT)
         with pytest.raises(SteerError, match="got tool"):
             template.render([{"role": "tool", "content": "x"}])
-
-
-TURNS = st.builds(
-    lambda role, content: {"role": role, "content": content},
-    st.sampled_from(["system", "user", "assistant"]),
-    st.text(st.characters(codec="utf-8")) | st.sampled_from(["{}", "{{ 1 }}", "{% x %}", " a\n", "<b>&"]),
-)
-
-
-@settings(deadline=None)
-@given(st.lists(TURNS))
-def test_the_plain_template_as_jinja_writes_the_same_text(chat: list[dict[str, str]]) -> None:
-    plain, jinja = ChatTemplate.from_gguf(None, "", ""), ChatTemplate.from_gguf(PLAIN_TEMPLATE, "", "")
-    assert jinja.render(chat) == plain.render(chat)
-    assert ChatTemplate.from_gguf(PLAIN_TEMPLATE, "<s>", "").render(chat) == "<s>" + plain.render(chat)
 
 
 def test_a_template_that_refuses_or_drops_the_system_role_gets_its_text_in_the_first_user_message() -> None:
@@ -163,18 +146,6 @@ def test_smollm2_gets_the_tokens_of_create_chat_completion(smollm2: Path, prompt
     assert text.endswith("<|im_start|>assistant\n")
     assert text.count("<|im_start|>system") == 1
     assert tokens(llm, template, text) == fed(llm, llm._chat_handlers[llm.chat_format], prompt.messages())
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_gemma_without_a_template_gets_the_tokens_of_the_plain_jinja_template(gemma3: Path, prompt: Prompt) -> None:
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    llm, bos, template = loaded(gemma3)
-    assert template.is_plain
-    handler = Jinja2ChatFormatter(template=PLAIN_TEMPLATE, eos_token="", bos_token=bos).to_chat_handler()
-    found = tokens(llm, template, template.render(prompt.messages()))
-    assert found == fed(llm, handler, prompt.messages())
-    assert found.count(llm.token_bos()) == 1
 
 
 @pytest.mark.parametrize("model", ["smollm2", "gemma3"])

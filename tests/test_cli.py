@@ -23,6 +23,7 @@ from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.choices import OPERATORS
 from edge_steer.cli import main as main_module
 from edge_steer.prompt_files import prompt_set
+from edge_steer.runtime.dials import split_dial
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 
@@ -232,6 +233,18 @@ def test_the_angle_option_beats_the_file_s_and_steerings_add_up(place: Path, tmp
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_whose_name_ends_like_a_dial_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "calm:2").touch()
+    for argument, parts in {
+        f"{tmp_path}/calm:2": (f"{tmp_path}/calm:2", None),
+        f"{tmp_path}/calm:2:8": (f"{tmp_path}/calm:2", 8),
+        f"{tmp_path}/other:2": (f"{tmp_path}/other", 2),
+    }.items():
+        assert split_dial(argument) == parts
+    (tmp_path / "calm").touch()
+    assert split_dial(f"{tmp_path}/calm:2") == (f"{tmp_path}/calm", 2)
 
 
 def test_doctor_counts_the_sites_of_a_model(place: Path) -> None:

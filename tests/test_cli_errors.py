@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import select
@@ -64,11 +65,23 @@ CALIBRATE = "calibrate --preset sentiment --threads 1 -m llama.gguf -o "
         (GENERATE + "llama.gguf -s llama.gguf:3", 1, "holds no steering"),
         (GENERATE + "llama.gguf -s one.gguf", 1, "no default angle"),
         (GENERATE + "llama.gguf -s one.gguf --strength 0.5", 1, "sweep --write"),
-        (GENERATE + "llama.gguf -s one.gguf --strength nan", 1, "nan"),
+        (GENERATE + "llama.gguf -s one.gguf --strength nan", 2, "finite"),
+        (GENERATE + "llama.gguf --temperature nan", 2, "finite"),
+        (GENERATE + "llama.gguf --temperature inf", 2, "finite"),
+        (GENERATE + "llama.gguf --top-p nan", 2, "finite"),
+        (GENERATE + "llama.gguf --min-p nan", 2, "finite"),
+        (GENERATE + "llama.gguf --repeat-penalty nan", 2, "finite"),
+        (GENERATE + "llama.gguf --repeat-penalty 0", 2, "x>0"),
+        (GENERATE + "llama.gguf --threads 513", 2, "<=512"),
+        (GENERATE + "llama.gguf --seed 99999999999999", 2, "<=4294967294"),
+        (GENERATE + "llama.gguf --top-k 99999999999999", 2, "<=2147483647"),
+        (GENERATE + "llama.gguf --gpu-layers 99999999999999", 2, "<=2147483647"),
         (GENERATE + "llama.gguf -s one.gguf --strength 2", 2, "-1<=x<=1"),
         (GENERATE + "llama.gguf -s one.gguf --angle nan", 1, "finite"),
         (GENERATE + "llama.gguf -s one.gguf --angle x", 2, "float"),
         (GENERATE + "llama.gguf -s one.gguf --angle 3 --strength 1", 2, "got both"),
+        ("chat --threads 1 -m llama.gguf --system=", 1, "got a blank"),
+        ("chat --threads 1 -m llama.gguf --system=\udcff", 1, "surrogate"),
         (GENERATE + "llama.gguf -s one.gguf:1 -s two.gguf:2 --angle 3", 1, "for one steering"),
         (GENERATE + "llama.gguf -s one.gguf:1 -s one.gguf:2", 1, "two steerings"),
         (GENERATE + "llama.gguf --angle 3", 2, "-s FILE"),
@@ -125,6 +138,30 @@ def test_a_prompt_that_is_no_text_is_refused(place: Path) -> None:
     assert (
         process("generate", "-m", place / "llama.gguf", "-p", b"\xff".decode(errors="surrogateescape")).returncode == 1
     )
+
+
+def test_a_model_that_fails_an_assertion_of_llama_cpp_is_one_line(place: Path, tmp_path: Path) -> None:
+    twice = (place / "llama.gguf").read_bytes().replace(b"<|unused1|>", b"<|unused0|>")
+    (tmp_path / "twice.gguf").write_bytes(twice)
+    found = process("generate", "-m", tmp_path / "twice.gguf", "-p", "Hi", *ONE_THREAD)
+    assert (found.returncode, found.stdout) == (1, b"")
+    assert found.stderr.startswith(b"Error: llama.cpp stopped: ")
+    assert found.stderr.count(b"\n") == 1
+
+
+def test_pipes_hold_utf_8_whatever_the_locale_is(place: Path, tmp_path: Path) -> None:
+    """Windows reads and writes pipes in a code page of its own; here PYTHONIOENCODING stands for it."""
+    said = "\u4f60\u597d, \u00e9\u00e9n \U0001f600"
+    lines = f"{said}\n/save {tmp_path / 'chat.json'}\n".encode()
+    answers = {}
+    for encoding in ("cp1252", "utf-8"):
+        (tmp_path / "chat.json").unlink(missing_ok=True)
+        answers[encoding] = subprocess.run(
+            [*PROGRAM, "chat", "-m", place / "llama.gguf", "--max-tokens", "20", *ONE_THREAD],
+            input=lines, stdout=subprocess.PIPE, check=True, env={**os.environ, "PYTHONIOENCODING": encoding},
+        ).stdout  # fmt: skip
+        assert json.loads((tmp_path / "chat.json").read_text("utf-8"))["messages"][0]["content"] == said
+    assert answers["cp1252"] == answers["utf-8"] != b""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -437,7 +437,7 @@ def test_a_path_that_is_no_model_is_told_as_a_path(tmp_path):
 def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path, cache):
     assert registry.cache_dir() == cache
     monkeypatch.delenv("EDGE_STEER_CACHE")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     monkeypatch.setattr(sys, "platform", "linux")
@@ -448,6 +448,21 @@ def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path, cache):
     assert registry.cache_dir() == tmp_path / "Library" / "Caches" / "edge-steer"
     monkeypatch.setattr(sys, "platform", "win32")
     assert registry.cache_dir() == tmp_path / "local" / "edge-steer" / "Cache"
+
+
+def test_a_home_that_nobody_knows_is_one_line(monkeypatch):
+    pwd = pytest.importorskip("pwd")
+
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("EDGE_STEER_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SteerError, match=r"'~/\.cache', whose home folder is not known; set HOME"):
+        registry.cache_dir()
+    with pytest.raises(SteerError, match=r"'~nobody-here/m\.gguf', whose home folder is not known"):
+        registry.resolve("~nobody-here/m.gguf")
 
 
 # The command

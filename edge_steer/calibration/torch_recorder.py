@@ -23,6 +23,7 @@ from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt
 from edge_steer.provenance import BaseModel
 from edge_steer.sites import Architecture, Site, site_of_module
+from edge_steer.user_path import user_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +188,7 @@ class TorchRecorder:
 
 def _source(path: str | Path) -> str:
     """`path` as transformers takes it. Raises SteerError for a path of this machine that holds no model."""
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise SteerError(f"expected a Hugging Face model in {local}, got a directory without config.json")

@@ -48,6 +48,7 @@ def chat(
     from pathlib import Path
 
     from edge_steer.errors import SteerError
+    from edge_steer.prompts import check_text
     from edge_steer.runtime import rpc as rpc_servers
     from edge_steer.runtime import transcript
     from edge_steer.runtime.chat import Chat
@@ -56,6 +57,8 @@ def chat(
     if sys.stdin is None:
         raise SteerError("expected standard input to read from, got it closed")
     earlier = None if resume is None else transcript.read_transcript(Path(resume))
+    if system is not None:
+        check_text("system", system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.numbers import THREADS
 
 
 @click.command()
@@ -25,7 +26,7 @@ from edge_steer.cli import options
 )
 @click.option("-s", "--steering", multiple=True, metavar="FILE[:ANGLE]", help="A steering to bake in; repeats.")
 @click.option("--embed", is_flag=True, help="Put the steering beside the weights instead, for `chat -m` to turn.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the quantizer.  [default: all]")
+@click.option("--threads", type=THREADS, help="Threads of the quantizer.  [default: all]")
 @options.force_option
 def convert(
     directory: str,

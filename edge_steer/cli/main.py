@@ -104,9 +104,10 @@ def main() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _leave)
     for stream in (sys.stdin, sys.stdout):
-        # A byte that is no text, or a sign that the terminal cannot show, ends no conversation.
+        # A byte that is no text, or a sign that the terminal cannot show, ends no conversation. What is no terminal
+        # holds UTF-8, as all files here do: Windows has another code page for pipes, which knows few of the signs.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", encoding=None if stream.isatty() else "utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from edge_steer.cli.numbers import COUNT, GPU_LAYERS, SEED, THREADS, FiniteRange
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -38,7 +40,7 @@ steering_options = _all(
     ),
     click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
     click.option(
-        "--strength", type=click.FloatRange(-1, 1), help="Share of the stored range, instead of an angle."
+        "--strength", type=FiniteRange(-1, 1), help="Share of the stored range, instead of an angle."
     ),
     click.option(
         "--scope", type=click.Choice(["all", "response"]), default="all", show_default=True,
@@ -58,15 +60,10 @@ run_options = _all(
         help="Context in tokens, in steps of 256.  [default: 4096, or the model's]",
     ),
     click.option(
-        "-ngl",
-        "--gpu-layers",
-        type=click.IntRange(-1),
-        default=0,
-        show_default=True,
-        help="Layers on a GPU; -1 for all.",
+        "-ngl", "--gpu-layers", type=GPU_LAYERS, default=0, show_default=True, help="Layers on a GPU; -1 for all."
     ),
-    click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]"),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is random."),
+    click.option("-t", "--threads", type=THREADS, help="Threads.  [default: llama-cpp-python's]"),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all that is random."),
     click.option(
         "--chat-template",
         metavar="FILE|NAME",
@@ -84,15 +81,15 @@ sampling_options = _all(
         "--temp",
         "--temperature",
         "temperature",
-        type=click.FloatRange(0),
+        type=FiniteRange(0),
         default=0.0,
         show_default=True,
         help="0 is greedy.",
     ),
-    click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True),
-    click.option("--top-k", type=click.IntRange(0), default=40, show_default=True),
-    click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True),
-    click.option("--repeat-penalty", type=click.FloatRange(0), default=1.1, show_default=True),
+    click.option("--top-p", type=FiniteRange(0, 1), default=0.95, show_default=True),
+    click.option("--top-k", type=COUNT, default=40, show_default=True),
+    click.option("--min-p", type=FiniteRange(0, 1), default=0.05, show_default=True),
+    click.option("--repeat-penalty", type=FiniteRange(0, min_open=True), default=1.1, show_default=True),
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -110,6 +107,7 @@ def run_parameters(
     rpc: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """The path of a model, fetched if need be, and the parameters of SteeredLlama that the run options stand for."""
+    from edge_steer.cli.abort import tell_of_aborts
     from edge_steer.cli.progress import fetching
     from edge_steer.errors import SteerError
     from edge_steer.fetch import resolve
@@ -128,6 +126,7 @@ def run_parameters(
     if ctx is not None and ctx > trained:
         raise SteerError(f"expected --ctx of at most {trained}, what the model was trained for, got {ctx}")
     _keep_warnings_quiet()
+    tell_of_aborts()
     return str(path), {
         # llama.cpp rounds it up itself, llama-cpp-python's own arrays do not.
         "n_ctx": -(-(ctx or min(4096, trained)) // 256) * 256,

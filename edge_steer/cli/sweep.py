@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.numbers import FiniteRange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,9 +36,9 @@ CONTEXT = 1024
 @click.option("-o", "--output", required=True, metavar="DIR", help="Folder for journal, tables and pictures.")
 @click.option("--angles", metavar="LIST", help="Positions of the dial, such as -8,-4,4,8.  [default: found]")
 @click.option("--quick", is_flag=True, help="Fewer texts and positions: a look, not a measurement.")
-@click.option("--max-kl", type=click.FloatRange(0, min_open=True), default=0.25, show_default=True,
+@click.option("--max-kl", type=FiniteRange(0, min_open=True), default=0.25, show_default=True,
               help="Budget: divergence on neutral text, nats per token.")  # fmt: skip
-@click.option("--min-retention", type=click.FloatRange(0, 1), default=0.97, show_default=True,
+@click.option("--min-retention", type=FiniteRange(0, 1), default=0.97, show_default=True,
               help="Budget: share of the unsteered accuracy that must stay.")  # fmt: skip
 @click.option("--write", is_flag=True, help="Store the safe range in the steering file.")
 @options.run_options

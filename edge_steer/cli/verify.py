@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.numbers import GPU_LAYERS, THREADS
 
 if TYPE_CHECKING:
     from edge_steer.verify.comparison import Comparison, Distance
@@ -27,10 +28,8 @@ if TYPE_CHECKING:
 @click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering.")
 @click.option("--hf", type=click.Path(), metavar="DIR", help="Hugging Face directory of the same model; needs torch.")
 @click.option("--tokens", type=click.IntRange(1, 4096), default=256, show_default=True, help="Length of the text.")
-@click.option(
-    "--gpu-layers", type=click.IntRange(-1), default=0, show_default=True, help="Layers on a GPU; -1 for all."
-)
-@click.option("--threads", type=click.IntRange(1), help="Threads.  [default: llama-cpp-python's]")
+@click.option("--gpu-layers", type=GPU_LAYERS, default=0, show_default=True, help="Layers on a GPU; -1 for all.")
+@click.option("--threads", type=THREADS, help="Threads.  [default: llama-cpp-python's]")
 @options.json_option
 def verify(
     model: str,

@@ -114,9 +114,12 @@ def warn_of_overlap(steerings: Sequence[Steering]) -> None:
 
 
 def split_dial(argument: str) -> tuple[str, float | None]:
-    """`FILE:ANGLE` as its two parts. Split at the last colon only where a finite number follows."""
+    """`FILE:ANGLE` as its two parts. Split at the last colon only where a finite number follows.
+
+    Not where there is a file of the whole name, and none of what stands before the colon.
+    """
     path, colon, number = argument.rpartition(":")
-    if colon and path:
+    if colon and path and (Path(path).is_file() or not Path(argument).is_file()):
         try:
             dial = float(number)
         except ValueError:

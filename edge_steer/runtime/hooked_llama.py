@@ -14,23 +14,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import llama_cpp
 from llama_cpp import Llama
 
 from edge_steer import compatibility
 from edge_steer.chat_template import ChatTemplate
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError
 from edge_steer.model_file import ModelFile
+from edge_steer.runtime.arguments import adapter_path, context_length
 from edge_steer.runtime.chat_handler import is_jinja, make_chat_handler
 from edge_steer.runtime.hook import Hook, Record
+from edge_steer.runtime.llama_log import llama_errors, reason
 from edge_steer.runtime.rpc import connect
 from edge_steer.runtime.sampling import Penalties, Sampler
 from edge_steer.runtime.tokens import Tokenizer
 from edge_steer.sites import Architecture, Site
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content
+
+
+class Closed:
+    """In place of what has been freed: llama-cpp-python hands llama.cpp a null pointer, or one to where it lay."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise SteerError("expected an open model, got one after close(); make another SteeredLlama")
 
 
 class HookedLlama(Llama):  # type: ignore[misc]
@@ -64,27 +73,26 @@ class HookedLlama(Llama):  # type: ignore[misc]
         self._pieces: dict[int, bytes | None] = {}
 
         llama.setdefault("verbose", False)
-        # llama.cpp rounds the context up to a multiple of 256; llama-cpp-python's own arrays must be as long.
-        llama["n_ctx"] = -(-llama.get("n_ctx", 512) // 256) * 256
-        try:
-            str(model_path).encode()
-        except UnicodeEncodeError:
-            raise SteerError(f"expected a model path in UTF-8, got {shown(str(model_path))}; rename the file") from None
-        try:
-            super().__init__(str(model_path), **llama)
-        except ValueError as error:
-            if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
-                raise
-            raise SteerError(
-                f"{model_path}: expected a model that llama.cpp loads, got: {str(error).split(':')[0]}; "
-                "fetch it again, or give less --ctx or --gpu-layers where memory is short"
-            ) from None
+        llama["n_ctx"] = context_length(file, llama.get("n_ctx", 512))
+        own_adapter = adapter_path(llama.pop("lora_path", None))
+        with llama_errors() as errors:
+            try:
+                super().__init__(str(model_path), **llama)
+                self._load_own_adapter(own_adapter, errors)
+            except ValueError as error:
+                if not str(error).startswith("Failed to"):  # what llama-cpp-python says of the model and its context
+                    raise
+                raise SteerError(
+                    f"{model_path}: expected a model that llama.cpp loads, got: "
+                    f"{reason(errors) or str(error).split(':')[0]}; "
+                    "fetch it again, or give less --ctx or --gpu-layers where memory is short"
+                ) from None
         compatibility.check_model(self)
         self._made = True
         self.tokenizer_ = Tokenizer(self)
         self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))
         if self._chose_chat_format:
-            self.chat_handler = make_chat_handler(self, template)
+            self.chat_handler = make_chat_handler(self)
 
     # --- making the model and the context ---------------------------------------------------------------------
 
@@ -110,6 +118,19 @@ class HookedLlama(Llama):  # type: ignore[misc]
         params.cb_eval = callback_type(self._hook.callback)
         params.cb_eval_user_data = self._hook.user_data
         self._context_params = params
+
+    def _load_own_adapter(self, path: str | None, errors: list[str]) -> None:
+        """Attach the adapter that lora_path names. (Llama itself goes on with a null pointer where it is refused.)"""
+        if path is None:
+            return
+        adapter = llama_cpp.llama_adapter_lora_init(self._model.model, path.encode())
+        if not adapter:
+            raise SteerError(f"{path}: expected an adapter for this model, got: {reason(errors) or 'one it refuses'}")
+        self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if llama_cpp.llama_set_adapters_lora(self._ctx.ctx, pointers, 1, (ctypes.c_float * 1)(self.lora_scale)):
+            raise SteerError(f"{path}: expected an adapter that llama.cpp attaches, got one that it refuses")
+        self.lora_path, self._lora_adapter = path, adapter
 
     @property
     def metadata(self) -> dict[str, str]:

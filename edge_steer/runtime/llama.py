@@ -5,9 +5,10 @@ hooked_llama.py holds the seam into llama-cpp-python, cache.py the rule that is 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edge_steer.architectures import architecture
 from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
+from edge_steer.runtime.arguments import check_arguments
 from edge_steer.runtime.cache import CacheStamps, Scope
 from edge_steer.runtime.dials import (
     FILE_DEFAULT,
@@ -31,10 +33,11 @@ from edge_steer.runtime.dials import (
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.hook import Record
-from edge_steer.runtime.hooked_llama import HookedLlama
+from edge_steer.runtime.hooked_llama import Closed, HookedLlama
 from edge_steer.runtime.measuring import read_logits, record_activations
 from edge_steer.runtime.rpc import check_servers
 
+Stream = Generator[int, Sequence[int] | None, None]
 Actions = tuple[Action | None, ...]  # of the steerings, in their order; None is off
 
 
@@ -69,9 +72,8 @@ class SteeredLlama(HookedLlama):
         template: str | None = None,
         **llama: Any,
     ) -> None:
-        if llama.get("embedding"):
-            raise SteerError("SteeredLlama does not compute embeddings; use llama_cpp.Llama for them")
         file = read_model(model_path)
+        check_arguments(file, llama)
         arch = architecture(file.architecture, (tensor.name for tensor in file.tensors))
         sites = arch.sites(file.block_count, ",".join(arch.kinds))
         embedded = model_path if file.embeds_steerings else ()
@@ -85,7 +87,9 @@ class SteeredLlama(HookedLlama):
         self._angles = first_dials(self.steerings, angle, angles)
         self.scope = scope
 
-        self._generating = self._answering = False
+        self._answer: object | None = None  # the answer that has the cache
+        self._answering = False
+        self._lock = threading.RLock()  # held while llama.cpp works: threads that share this object take turns
         super().__init__(model_path, file, arch, rpc=rpc, template=template, **llama)
         self._cache_stamps = CacheStamps(len(self.input_ids), [each.fingerprint for each in self.steerings])
         everywhere = self.model_params.n_gpu_layers > file.block_count and llama_cpp.llama_supports_gpu_offload()
@@ -148,9 +152,14 @@ class SteeredLlama(HookedLlama):
 
     def close(self) -> None:
         """Free the engine, the context, the model, then the hook that the context calls."""
-        if engine := self.__dict__.pop("_engine", None):
+        if isinstance(self.__dict__.get("_ctx"), Closed):
+            return
+        self._answer = None
+        if engine := self.__dict__.get("_engine"):
             engine.close()
         super().close()
+        closed: Any = Closed()
+        self._model = self._ctx = self._engine = self.tokenizer_ = closed
         if hook := self.__dict__.get("_hook"):
             hook.close()
 
@@ -178,13 +187,14 @@ class SteeredLlama(HookedLlama):
 
         With scope "response", all but the last token of a prompt are evaluated unsteered.
         """
-        actions, response = self._angles.actions(), self._scope == "response"
-        opens = response and not self._answering
-        if opens:
-            self.evaluate(self.all_off, tokens[:-1])
-            tokens = tokens[-1:]
-        self.evaluate(actions, tokens, response, opens=opens)
-        self._answering = self._generating
+        with self._lock:
+            actions, response = self._angles.actions(), self._scope == "response"
+            opens = response and not self._answering
+            if opens:
+                self.evaluate(self.all_off, tokens[:-1])
+                tokens = tokens[-1:]
+            self.evaluate(actions, tokens, response, opens=opens)
+            self._answering = self._answer is not None
 
     def evaluate(
         self,
@@ -235,37 +245,79 @@ class SteeredLlama(HookedLlama):
         """What the steerings do where all are off."""
         return (None,) * len(self.steerings)
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again."""
-        tokens = list(tokens)
-        if kwargs.get("reset", True):
-            self.cut_cache(tokens)
-        self._generating, self._answering = True, False
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Stream:
+        """As llama_cpp.Llama.generate; cached tokens that another steering state computed are evaluated again.
+
+        There is one cache: an answer that was left when another began cannot go on, and raises SteerError.
+        """
+        tokens, answer = list(tokens), object()
+        if not tokens:
+            raise SteerError("expected a prompt of at least one token, got none; this model adds no BOS of its own")
+        with self._lock:
+            if kwargs.get("reset", True):
+                self.cut_cache(tokens)
+            self._answer, self._answering = answer, False
         try:
-            stream = super().generate(tokens, *args, **kwargs)
-            if self._plain(*args, **kwargs):
-                yield from self._continued(next(stream))
-            else:
-                yield from stream
+            with closing(super().generate(tokens, *args, **kwargs)) as stream:
+                follow = self._continued if self._plain(*args, **kwargs) else self._followed
+                yield from follow(answer, stream)
         except (Exception, KeyboardInterrupt):
-            self._requires_eval = True  # a decode may have ended without being noted
+            if self._answer is answer:
+                self._requires_eval = True  # a decode may have ended without being noted
             raise
         finally:
-            self._generating = self._answering = False
+            if self._answer is answer:
+                self._leave()
+
+    def _leave(self) -> None:
+        """No answer has the cache any more."""
+        self._answer, self._answering = None, False
+
+    @contextmanager
+    def without_answer(self) -> Iterator[None]:
+        """The cache for something else than an answer."""
+        with self._lock:
+            self._leave()
+            yield
+
+    def _demand_turn(self, answer: object) -> None:
+        if self._answer is not answer:
+            raise SteerError(
+                "this answer was left when the model began something else or was closed; end a stream before the "
+                "next, or give each its own SteeredLlama"
+            )
 
     def _plain(self, *args: Any, **how: Any) -> bool:
         """Whether an answer goes on as `_continued` has it: nothing but the sampler decides on a token."""
         extras = (how.get("stopping_criteria"), how.get("logits_processor"), self.draft_model)
         return not args and not self._logits_all and extras == (None, None, None)
 
-    def _continued(self, token: int) -> Generator[int, Sequence[int] | None, None]:
-        """An answer from its first token on. As Llama.generate goes on, with fewer calls for each token: a decode
-        leaves none of Python in the processor's caches, and each costs ten times what it costs in a loop of its own."""
-        sampler, context = self._sampler, self._ctx
+    def _followed(self, answer: object, stream: Stream) -> Stream:
+        """An answer as Llama.generate goes on."""
+        sent = None
+        while True:
+            with self._lock:
+                self._demand_turn(answer)
+                try:
+                    token = stream.send(sent)
+                except StopIteration:
+                    return
+            sent = yield token
+
+    def _continued(self, answer: object, stream: Stream) -> Stream:
+        """An answer whose first token is the stream's. As Llama.generate goes on, with fewer calls for each token: a
+        decode leaves none of Python in the processor's caches, and each costs ten times what it costs in a loop of its
+        own."""
+        with self._lock:
+            self._demand_turn(answer)
+            token = next(stream)
+        sampler, context, lock = self._sampler, self._ctx, self._lock
         while True:
             sent = yield token
-            self.eval([token] if sent is None else [token, *sent])
-            token = sampler.sample(context, -1)
+            with lock:
+                self._demand_turn(answer)
+                self.eval([token] if sent is None else [token, *sent])
+                token = sampler.sample(context, -1)
 
     # --- the cache --------------------------------------------------------------------------------------------
 
@@ -279,9 +331,19 @@ class SteeredLlama(HookedLlama):
         """Forget the cached tokens from the first on that an answer to `tokens` must not use."""
         shared = self.shared(tokens)
         keep = self.usable(shared, len(tokens), self._angles.actions(), self._scope)
+        ready = keep == len(tokens) == self.n_tokens and not self._requires_eval  # its logits are there
+        if not ready and self._slid_past(min(keep, len(tokens) - 1)):
+            keep = 0
         if keep < shared:
             self.n_tokens = keep
             self._requires_eval = True
+
+    def _slid_past(self, count: int) -> bool:
+        """Whether a sliding window that is kept no larger than it must be (swa_full=False) has lost what the token
+        behind the first `count` looks back to. llama.cpp cuts such a cache without a word."""
+        window = llama_cpp.llama_model_n_swa(self._model.model)
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._ctx.ctx), 0) if window else 0
+        return bool(first > max(0, count - window + 1))
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens are cached, whatever state computed them."""
@@ -291,7 +353,7 @@ class SteeredLlama(HookedLlama):
 
     def keep(self, count: int) -> None:
         """Cut the cache to its first `count` tokens, or to none where a sliding window has moved past them."""
-        if count and self._ctx.kv_cache_seq_rm(-1, count, -1):
+        if count and not self._slid_past(count) and self._ctx.kv_cache_seq_rm(-1, count, -1):
             self.n_tokens = count
             self._requires_eval = True
         else:
@@ -316,7 +378,8 @@ class SteeredLlama(HookedLlama):
 
         tokens[:start] count as the prompt, the rest as the answer. Cached tokens that fit are not evaluated again.
         """
-        return read_logits(self, tokens, start)
+        with self.without_answer():
+            return read_logits(self, tokens, start)
 
     def observe(self, tokens: Sequence[int], record: Record, *, steered: bool = False) -> None:
         """Evaluate a prompt and record the activations of its last token at every site of `hook_sites`.
@@ -325,4 +388,5 @@ class SteeredLlama(HookedLlama):
         there itself. Tokens it shares with the last prompt are not evaluated again. Raises SteerError where it exceeds
         the context.
         """
-        record_activations(self, tokens, record, steered=steered)
+        with self.without_answer():
+            record_activations(self, tokens, record, steered=steered)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from contextlib import closing
-from pathlib import Path
 
 from edge_steer.errors import SteerError
 from edge_steer.runtime.chat import Answer, Chat
 from edge_steer.runtime.transcript import save_transcript
+from edge_steer.user_path import user_path
 
 HELP = """\
 /angle 8         turn the dial (the coefficient for addition); acts from the next token on
@@ -174,6 +174,6 @@ class Repl:
     def _save(self, file: str) -> None:
         if not file:
             raise SteerError("expected /save FILE, got no file")
-        path = Path(file).expanduser()
+        path = user_path(file)
         save_transcript(self.chat, path)
         self.note(f"saved {path}")

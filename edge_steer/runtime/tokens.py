@@ -1,7 +1,8 @@
-"""Text to tokens and back, as llama.cpp does it but for three things that go wrong on the way through llama-cpp-python.
+"""Text to tokens and back, as llama.cpp does it but for what goes wrong on the way through llama-cpp-python.
 
 - `add_bos` is llama.cpp's `add_special`: it adds whatever the vocabulary asks for, an EOS behind the prompt too.
-- A token of more than 32 bytes comes back empty.
+- A token of more than 32 bytes comes back empty, and one that the vocabulary does not have ends the process.
+- Room is made for as many tokens as the model was trained for, which a file may say are four billion.
 - llama.cpp does not normalise: where the tokenizer that a model was trained with composes é from e and an accent, the
   same text would be other tokens here.
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 import llama_cpp
 
+from edge_steer.errors import SteerError
+
 # Pre-tokenizers of llama.cpp whose tokenizers normalise to NFC (their tokenizer.json says so).
 COMPOSING = {"qwen2", "deepseek-r1-qwen", "olmo"}
 _USUAL, _LONGEST = 64, 1 << 20  # bytes of a token
@@ -26,6 +29,7 @@ class Tokenizer:
     def __init__(self, llm: Any) -> None:
         self._model = llm._model
         self._composes = llm.metadata.get("tokenizer.ggml.pre") in COMPOSING
+        self._count = llm.n_vocab()
         bos = llm.token_bos()
         self._bos = [bos] if bos >= 0 and self._model.add_bos_token() else []
 
@@ -33,7 +37,7 @@ class Tokenizer:
         """Tokens of `text`; before them the BOS, where it is asked for and the vocabulary wants one."""
         if self._composes and not text.isascii():
             text = unicodedata.normalize("NFC", text.decode(errors="surrogateescape")).encode(errors="surrogateescape")
-        return [*(self._bos if add_bos else []), *self._model.tokenize(text, False, special)]
+        return [*(self._bos if add_bos else []), *self._pieces(text, special)]
 
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
@@ -48,7 +52,20 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.detokenize(tokens).decode(errors="ignore")
 
+    def _pieces(self, text: bytes, special: bool) -> list[int]:
+        room = len(text) + 2  # one for each byte, and the space that some vocabularies put first
+        while True:
+            tokens = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(self._model.vocab, text, len(text), tokens, room, False, special)
+            if 0 <= count <= room:
+                return list(tokens[:count])
+            if not room < -count < 1 << 31:
+                raise SteerError("expected a text that llama.cpp splits into tokens, got one that is too long")
+            room = -count  # what it wants
+
     def _piece(self, token: int, special: bool) -> bytes:
+        if not 0 <= token < self._count:
+            raise SteerError(f"expected a token from 0 to {self._count - 1}, got {token}")
         size = _USUAL
         while True:
             buffer = ctypes.create_string_buffer(size)
