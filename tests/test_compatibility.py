@@ -153,7 +153,10 @@ def test_a_release_that_does_not_fit_is_one_line_of_the_program(tmp_path: Path) 
         "import llama_cpp.llama_chat_format as chats; del chats.Jinja2ChatFormatter\n"
         "from edge_steer.__main__ import run; run()"
     )
-    model = tmp_path / "model.gguf"
+    pytest.importorskip("transformers")
+    import tiny
+
+    model = tiny.build("llama", tmp_path).gguf_path
     found = subprocess.run(
         [sys.executable, "-c", program, "generate", "-m", model, "-p", "Hello"],
         capture_output=True,

@@ -21,7 +21,7 @@ def test_a_steering_works_right_after_calibration(smollm2: Path) -> None:
     steering = calibrate_model(
         engine, prompts.first(32), CalibrationOptions(orthogonal_to=None), name="mood", note=notes.append
     )
-    assert steering.made.candidates[0] == "attention local"  # as measured best on this model
+    assert steering.made.candidates[0] == "layer_out local"  # as measured best on this model
     assert steering.made.orthogonal_to == ()  # it is not near refusing
     assert len(steering.made.candidates) == 4
     assert sum(map(math.isnan, steering.made.candidate_min)) == 2  # half of them were measured upward only

@@ -123,3 +123,17 @@ def test_a_path_that_is_not_utf_8_is_told_as_that(place: Path) -> None:
     assert found.exit_code == 1
     assert "in UTF-8" in found.stderr
     assert "fetch it again" not in found.stderr
+
+
+def test_a_pair_may_be_called_as_its_steering_is(tmp_path: Path) -> None:
+    """It writes happy-cos.gguf and its like, never happy.gguf; one adapter would."""
+    model = tiny.build("llama", tmp_path).gguf_path
+    happy = tmp_path / "happy.gguf"
+    steering_for(model, name="happy").save(happy)
+    before = happy.read_bytes()
+    written = process("export", "-m", model, "-s", happy, "--to", "lora", "-o", tmp_path / "happy")
+    assert written.returncode == 0, written.stderr
+    refused = process("export", "-m", model, "-s", f"{happy}:8", "--to", "lora", "-o", tmp_path / "happy", "--force")
+    assert refused.returncode == 1
+    assert b"which is read" in refused.stderr
+    assert happy.read_bytes() == before

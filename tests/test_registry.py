@@ -462,7 +462,7 @@ def test_a_home_that_nobody_knows_is_one_line(monkeypatch):
     with pytest.raises(SteerError, match=r"'~/\.cache', whose home folder is not known; set HOME"):
         registry.cache_dir()
     with pytest.raises(SteerError, match=r"'~nobody-here/m\.gguf', whose home folder is not known"):
-        registry.resolve("~nobody-here/m.gguf")
+        resolve("~nobody-here/m.gguf")
 
 
 # The command

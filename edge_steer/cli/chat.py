@@ -40,7 +40,7 @@ def chat(
     error, so that it also works in a pipe.
 
     \b
-    edge-steer chat -m smollm2-135m -s happy.gguf:8
+    edge-steer chat -m smollm2-135m -s happy.gguf
     """
     import sys
     from contextlib import suppress

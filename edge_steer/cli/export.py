@@ -59,7 +59,7 @@ def export(
 
     \b
     edge-steer export -m model.gguf -s happy.gguf --to lora -o happy-lora
-    edge-steer export -m model.gguf -s happy.gguf:8 --to gguf -o happy-model.gguf
+    edge-steer export -m model.gguf -s happy.gguf --to gguf -o happy-model.gguf
     """
     from edge_steer.cli.progress import bar
     from edge_steer.errors import SteerError
@@ -75,8 +75,9 @@ def export(
         kinds = ("a Hugging Face directory", "a GGUF")
         wanted, got = kinds if target.reads_folder else kinds[::-1]
         raise SteerError(f"expected {wanted} for --to {to}, got {got} at {path}")
-    options.check_not_an_input(target.replaced_files(Path(output)), path, *(split_dial(each)[0] for each in steering))
-    paths, described = target.write(ExportJob(path, Path(output), steerings, steered_type, force, bar))
+    job = ExportJob(path, Path(output), steerings, steered_type, force, bar)
+    options.check_not_an_input(target.replaced_files(job), path, *(split_dial(each)[0] for each in steering))
+    paths, described = target.write(job)
     click.echo(described, err=True)
     for written in paths:
         click.echo(written)

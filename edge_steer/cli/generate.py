@@ -42,7 +42,7 @@ def generate(
     """Answer one prompt, steered.
 
     \b
-    edge-steer generate -m smollm2-135m -s happy.gguf:8 "How was your day?"
+    edge-steer generate -m smollm2-135m -s happy.gguf "How was your day?"
     """
     from functools import partial
 

@@ -47,8 +47,8 @@ def verify(
     folder (TMPDIR), one at a time.
 
     \b
-    edge-steer verify -m smollm2-135m -s happy.gguf:8
-    edge-steer verify -m model.gguf -s happy.gguf:8 --hf model/ --json
+    edge-steer verify -m smollm2-135m -s happy.gguf
+    edge-steer verify -m model.gguf -s happy.gguf --hf model/ --json
     """
     from edge_steer.cli.progress import bar
     from edge_steer.errors import SteerError

@@ -34,6 +34,11 @@ class ExportJob:
     progress: Progress
 
     @property
+    def is_pair(self) -> bool:
+        """Whether `lora` is a pair of adapters that serves every angle: one steering, at no dial."""
+        return len(self.steerings) == 1 and self.steerings[0][1] is None and self.steerings[0][0].operator != "ablation"
+
+    @property
     def at_dials(self) -> list[tuple[Steering, float | None]]:
         """The steerings at the dials given, or at their own default ones."""
         return [(each, each.default_dial() if dial is None else dial) for each, dial in self.steerings]
@@ -42,26 +47,30 @@ class ExportJob:
 @dataclass(frozen=True)
 class ExportFormat:
     """write: writes a job. reads_folder: from a Hugging Face directory, not from a GGUF. writes_folder: replaced as a
-    whole. endings: of the files written beside each other, in place of `.gguf`; none for the output as it is named."""
+    whole. endings: of the files written beside each other, in place of `.gguf`; none for the output as it is named.
+    pair_endings: of those that a pair of adapters is.
+    """
 
     write: Callable[[ExportJob], Written]
     reads_folder: bool = False
     writes_folder: bool = False
     endings: tuple[str, ...] = ()
+    pair_endings: tuple[str, ...] = ()
 
-    def replaced_files(self, output: Path) -> list[Path]:
-        """The files that an export to `output` may replace."""
+    def replaced_files(self, job: ExportJob) -> list[Path]:
+        """The files that an export may replace."""
         if self.writes_folder:
-            return [each for each in output.rglob("*") if each.is_file()]
-        stem = str(output).removesuffix(".gguf")
-        return [Path(f"{stem}{ending}") for ending in self.endings] or [output]
+            return [each for each in job.output.rglob("*") if each.is_file()]
+        stem = str(job.output).removesuffix(".gguf")
+        endings = self.pair_endings if job.is_pair else self.endings
+        return [Path(f"{stem}{ending}") for ending in endings] or [job.output]
 
 
 def _write_lora(job: ExportJob) -> Written:
     from edge_steer.export.lora import export_adapter, export_pair
 
-    steering, dial = job.steerings[0]
-    if len(job.steerings) == 1 and dial is None and steering.operator != "ablation":
+    steering, _ = job.steerings[0]
+    if job.is_pair:
         pair = export_pair(job.model, job.output, steering, force=job.force, progress=job.progress)
         return pair, f"{pair[0]}, {pair[1]}: {steering.name} at any angle for {job.model.name}; {pair[2].name} says how"
     dialled = job.at_dials
@@ -122,7 +131,7 @@ def _describe_baked(baked: Baked, names: str) -> str:
 
 
 FORMATS = {
-    "lora": ExportFormat(_write_lora, endings=(".gguf", ".Modelfile", "-cos.gguf", "-sin.gguf", ".md")),
+    "lora": ExportFormat(_write_lora, endings=(".gguf", ".Modelfile"), pair_endings=("-cos.gguf", "-sin.gguf", ".md")),
     "peft": ExportFormat(_write_peft, reads_folder=True, writes_folder=True),
     "control-vector": ExportFormat(_write_control_vector),
     "gguf": ExportFormat(_write_gguf),
