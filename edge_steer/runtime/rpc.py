@@ -125,6 +125,8 @@ def check_servers(servers: Sequence[str]) -> None:
 
 def _leave() -> None:
     """End the process before Python frees the model: ggml would ask the lost server to, and abort."""
+    if not _told_lost:
+        return
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
