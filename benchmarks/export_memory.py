@@ -102,7 +102,7 @@ def random_steering(model: Path) -> Steering:
 
 
 def peak_anonymous(command: list[str]) -> int:
-    """Run a command; the largest RssAnon of its process, in KiB. Raises CalledProcessError where it fails."""
+    """Run a command; the largest RssAnon of its process, in KiB. Raises CalledProcessError if it fails."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     status, largest = Path(f"/proc/{process.pid}/status"), 0
     while process.poll() is None:

@@ -74,7 +74,7 @@ def _keeps_matches(step: Mapping[str, Any]) -> bool:
 
 def named(tokenizer: Mapping[str, Any], given: str | None) -> tuple[str, dict[str, Any] | None]:
     """`given`, or what `recognise` finds; and the `pre_tokenizer` section that stands for it where `given` overrides
-    another name that the file itself goes by. Raises SteerError where there is no name."""
+    another name that the file itself goes by. Raises SteerError if there is no name."""
     found = recognise(tokenizer)
     if given is not None:
         return given, None if found in (None, given) else _section(given)

@@ -58,7 +58,7 @@ class Source:
 def read(directory: str | Path, *, pre: str | None = None) -> Source:
     """The model in `directory`; `pre` names the pre-tokenizer where it is not recognised.
 
-    Warns of what llama.cpp computes otherwise. Raises SteerError where the directory is broken, the family not one of
+    Warns of what llama.cpp computes otherwise. Raises SteerError if the directory is broken, the family not one of
     FAMILIES, or llama.cpp has no form of what the configuration asks for.
     """
     directory = Path(directory)

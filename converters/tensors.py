@@ -22,7 +22,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.*)")
 
 
 def read_gguf_weights(directory: Path, config: Config, family: Family) -> dict[str, Weight]:
-    """Every weight by its GGUF name and in its GGUF form. Raises FormatError where one is missing, too many or of
+    """Every weight by its GGUF name and in its GGUF form. Raises FormatError if one is missing, too many or of
     another shape than the configuration says."""
     found = _named(directory, config, family)
     tied = bool(config.get("tie_word_embeddings")) and _same(found.get(HEAD), found.get(EMBEDDING))

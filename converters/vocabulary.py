@@ -67,7 +67,7 @@ class Vocabulary:
 def read_vocabulary(directory: Path, size: int, pre: str | None) -> Vocabulary:
     """The tokenizer of `directory` for an embedding of `size` rows; `pre` overrides what its pre-tokenizer is.
 
-    Raises SteerError where the tokenizer is of a kind that llama.cpp or this converter does not have.
+    Raises SteerError if the tokenizer is of a kind that llama.cpp or this converter does not have.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():

@@ -52,7 +52,7 @@ def write(
     changes:   steerings to fold into the weights before any rounding, as `baking` makes them.
     allow_other_tokens: warn where llama.cpp and the tokenizer split text differently, instead of refusing.
     embed:     steerings to put beside the weights. threads: for the quantizer, None for all.
-    Raises SteerError where `output` exists and `force` is not given, where llama.cpp and the tokenizer split text
+    Raises SteerError if `output` exists and `force` is not given, where llama.cpp and the tokenizer split text
     differently, or a weight does not fit the type.
     """
     output = Path(output)

@@ -30,7 +30,7 @@ def calibrate(
     positive, negative: the prompts of the two sides; or a preset (`load_preset`) alone.
     options: what to choose by hand; left out, sites, planes and dial are measured, as on the command line.
     llama: parameters of SteeredLlama, such as n_threads.
-    Raises SteerError where there is nothing to turn.
+    Raises SteerError if there is nothing to turn.
     """
     prompts = _prompt_set(positive, negative, name or "steering")
     if options is None:

@@ -39,7 +39,7 @@ class ChatTemplate:
     def from_gguf(cls, template: str | None, bos_token: str, eos_token: str) -> ChatTemplate:
         """The template in a GGUF's `tokenizer.chat_template`, rendered as llama-cpp-python does; None: the plain one.
 
-        Raises SteerError where the template does not compile.
+        Raises SteerError if the template does not compile.
         """
         if not template:
             return cls(None, bos_token, _plain)
@@ -96,7 +96,7 @@ class ChatTemplate:
         return bool(self.bos_token) and text.startswith(self.bos_token)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
-        """The text of a chat, generation prompt included. Raises SteerError where the template fails.
+        """The text of a chat, generation prompt included. Raises SteerError if the template fails.
 
         A template without a system role (Gemma refuses it, others drop it) gets its text at the head of the first
         user message, a blank line between. A content in parts of text is one text, a line each.

@@ -31,14 +31,14 @@ class Config:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive whole number. Raises FormatError where there is none."""
+        """A positive whole number. Raises FormatError if there is none."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             raise FormatError(f"{self.path}: expected a positive whole number as {key}, got {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number. Raises FormatError where there is none."""
+        """A positive number. Raises FormatError if there is none."""
         return positive(self.path, key, self.get(key, default))
 
     def mapping(self, key: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Config:
 
 
 def positive(path: Path, key: str, value: Any) -> float:
-    """`value` as a positive finite number. Raises FormatError where it is none."""
+    """`value` as a positive finite number. Raises FormatError if it is none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise FormatError(f"{path}: expected a positive number as {key}, got {shown(value)}")
     return float(value)
@@ -66,7 +66,7 @@ def positive(path: Path, key: str, value: Any) -> float:
 def read_config(folder: Path) -> Config:
     """The language model's configuration; of a multimodal model, its text half under the whole's model_type.
 
-    Raises FormatError where it is malformed, SteerError where there is none or the weights are quantized.
+    Raises FormatError if it is malformed, SteerError where there is none or the weights are quantized.
     """
     path = folder / CONFIG
     if not path.is_file():

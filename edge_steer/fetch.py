@@ -22,7 +22,7 @@ def fetch(name: str, progress: Progress = _no_progress) -> Path:
     """The model's file, downloaded and checked against its size and sha256 unless it is cached.
 
     A download appears in the cache whole or not at all, also on Ctrl-C and with several running at once.
-    Raises SteerError where the source cannot be reached or what came is not what the registry says.
+    Raises SteerError if the source cannot be reached or what came is not what the registry says.
     """
     return cached_path(name) or _download(entry(name), progress)
 

@@ -10,7 +10,7 @@ from edge_steer.registry import Entry, HubFile, own_place
 
 
 def download(wanted: Entry, source: HubFile) -> Path:
-    """The model's file in the hub's own cache, checked. Raises SteerError where it cannot be had or is another."""
+    """The model's file in the hub's own cache, checked. Raises SteerError if it cannot be had or is another."""
     by_hand = f"or put the file at {own_place(wanted)}"
     from huggingface_hub import hf_hub_download
 

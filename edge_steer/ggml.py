@@ -180,7 +180,7 @@ def tensor_offsets() -> tuple[int, int]:
 def custom_operator(function: int) -> CustomOperator:
     """The custom operator that calls `function`, and two others' numbers, read from nodes made through ggml's API.
 
-    Raises MismatchError where a node's sources, or the marks that are given as user data, do not lie as expected.
+    Raises MismatchError if a node's sources, or the marks that are given as user data, do not lie as expected.
     """
     lib, marks = base(), (0x1122334455667788, 0x0807060504030201)
     with _tensor_context(lib, 6) as context:

@@ -77,7 +77,7 @@ def read_gguf(path: Path, wanted: Callable[[str], bool], *, hashed: str = "") ->
 
     Scalars are always kept, strings and arrays where `wanted(key)`. `hashed` names an array of strings whose bytes as
     they stand in the file (each string: uint64 length, then its bytes) are hashed, whether wanted or not.
-    Raises FormatError where the file is malformed, SteerError where it cannot be read.
+    Raises FormatError if the file is malformed, SteerError where it cannot be read.
     """
     try:
         with open(_regular(path), "rb") as file:

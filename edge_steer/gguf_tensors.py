@@ -26,7 +26,7 @@ class TensorInfo:
 
 
 def read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[TensorInfo, ...]:
-    """The `count` descriptions of tensors at the cursor. Raises FormatError where one is malformed."""
+    """The `count` descriptions of tensors at the cursor. Raises FormatError if one is malformed."""
     tensors: dict[str, TensorInfo] = {}
     for _ in range(count):
         start = cursor.at

@@ -15,7 +15,7 @@ MOST_BYTES = 128 << 20
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`.
 
-    Raises SteerError where it cannot be read, FormatError where it is no JSON object or larger than MOST_BYTES.
+    Raises SteerError if it cannot be read, FormatError where it is no JSON object or larger than MOST_BYTES.
     """
     try:
         with path.open("rb") as file:

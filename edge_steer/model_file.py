@@ -76,7 +76,7 @@ class ModelFile:
 
     @property
     def base(self) -> BaseModel:
-        """The model as a steering names it. Raises FormatError where the file does not state its sizes."""
+        """The model as a steering names it. Raises FormatError if the file does not state its sizes."""
         name = re.sub(CONTROL_CHARACTERS, " ", self.name[:MAX_NAME]).strip()
         return BaseModel(self.architecture, name, self.block_count, self.embedding_length, self.tokenizer_sha256)
 
@@ -91,7 +91,7 @@ class ModelFile:
 def read_model(path: str | Path) -> ModelFile:
     """The head of the model file `path`.
 
-    Raises FormatError where it is malformed, not a model, or one part of several, SteerError where it cannot be read.
+    Raises FormatError if it is malformed, not a model, or one part of several, SteerError where it cannot be read.
     """
     path = Path(path)
     head = read_gguf(path, lambda key: key not in _VOCABULARY and not key.startswith("steering."), hashed=TOKENS)

@@ -26,7 +26,7 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     .jsonl: one object a line: "prompt", and if wanted "system" and "prefix" (how the answer begins).
     .csv:   a header with these names, one prompt a row; an empty cell is none.
 
-    Raises SteerError where there is no such file, FormatError with file and line where it holds anything else.
+    Raises SteerError if there is no such file, FormatError with file and line where it holds anything else.
     """
     path = Path(path)
     read = {".txt": _txt_records, ".jsonl": _jsonl_records, ".csv": _csv_records}.get(path.suffix.lower())
@@ -44,7 +44,7 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
 def read_probes(path: str | Path) -> tuple[Probe, ...]:
     """The probes in a .jsonl file: "prompt", and an answer of each side, "positive" and "negative".
 
-    Raises SteerError where there is no such file, FormatError with file and line where it holds anything else.
+    Raises SteerError if there is no such file, FormatError with file and line where it holds anything else.
     """
     path = Path(path)
     found = tuple(_made(Probe, path, number, record) for number, record in _jsonl_records(path))
@@ -79,7 +79,7 @@ def _made(kind: Callable[..., Any], path: Path, number: int, record: Mapping[str
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, lines ended by \\n. Raises SteerError where none can be read, FormatError where not text."""
+    """The text of a file, lines ended by \\n. Raises SteerError if none can be read, FormatError where not text."""
     if not path.is_file():
         got = "a folder" if path.is_dir() else "no such file"
         raise SteerError(f"{path}: expected a file, got {got}; check the path")

@@ -31,7 +31,7 @@ def check_text(what: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user says, the system message over it, how the answer begins. Raises FormatError where one is blank.
+    """What a user says, the system message over it, how the answer begins. Raises FormatError if one is blank.
 
     origin: the file and line that it comes from, where it comes from one.
     """
@@ -70,7 +70,7 @@ class Probe:
 class PromptSet:
     """The two sides that a steering is computed from. In a preset, prompt i of one side pairs with i of the other.
 
-    Raises SteerError where a side is empty or both hold the same prompts.
+    Raises SteerError if a side is empty or both hold the same prompts.
     """
 
     name: str

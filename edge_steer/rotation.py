@@ -28,7 +28,7 @@ def cos_sin(degrees: float) -> tuple[float, float]:
 def orthonormal(b1: Array, b2: Array) -> NDArray[np.float64]:
     """B (2, d) float64: b1 normalised, b2 orthogonalised against it (twice, for float precision) and normalised.
 
-    Raises ValueError where the two do not span a plane.
+    Raises ValueError if the two do not span a plane.
     """
     u = np.asarray(b1, np.float64)
     v = np.asarray(b2, np.float64)

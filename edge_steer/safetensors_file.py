@@ -64,7 +64,7 @@ class Tensor:
 def read_safetensors(path: Path) -> list[Tensor]:
     """The tensors of the file `path`, in the header's order.
 
-    Raises FormatError where its layout is not that of a safetensors file, SteerError where it cannot be read.
+    Raises FormatError if its layout is not that of a safetensors file, SteerError where it cannot be read.
     """
     try:
         size = path.stat().st_size

@@ -129,7 +129,7 @@ class Architecture:
     def readers(self, site: Site, tensors: Iterable[str]) -> tuple[str, ...]:
         """Names among `tensors` (of a GGUF) of the weights that read `site`.
 
-        Raises SteerError where they cannot be known: a site that writes to the residual stream, an architecture
+        Raises SteerError if they cannot be known: a site that writes to the residual stream, an architecture
         without a table, a file that holds none of them.
         """
         suffixes = self.kinds[site.kind].readers

@@ -32,7 +32,7 @@ from edge_steer.steering_checks import BOOL, UINT32, check, frozen
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What `calibrate` makes and every engine applies. Raises FormatError where its parts contradict each other.
+    """What `calibrate` makes and every engine applies. Raises FormatError if its parts contradict each other.
 
     sites:      S sites in network order, all that were calibrated.
     mask:       (S,) bool, steered or not.
@@ -117,7 +117,7 @@ class Steering:
         return self.operator == "ablation" or not math.isnan(self.angle)
 
     def default_dial(self) -> float:
-        """The dial to use where none is given. Raises SteerError where the file has none."""
+        """The dial to use where none is given. Raises SteerError if the file has none."""
         if self.operator == "ablation":
             return 1.0
         if math.isnan(self.angle):
@@ -128,7 +128,7 @@ class Steering:
         return self.angle
 
     def at_strength(self, strength: float) -> float:
-        """The dial at `strength` in −1…1 of the safe range. Raises SteerError where none was measured."""
+        """The dial at `strength` in −1…1 of the safe range. Raises SteerError if none was measured."""
         if not -1 <= strength <= 1:
             raise SteerError(f"expected a strength from -1 to 1, got {strength}")
         end = self.angle_max if strength >= 0 else self.angle_min
@@ -191,7 +191,7 @@ class Steering:
 
     @classmethod
     def load(cls, path: str | Path) -> Steering:
-        """The one steering in the GGUF file `path`. Raises FormatError where it holds none or several."""
+        """The one steering in the GGUF file `path`. Raises FormatError if it holds none or several."""
         found = cls.load_all(path)
         if len(found) != 1:
             names = ", ".join(shown(steering.name) for steering in found[:5])
@@ -202,7 +202,7 @@ class Steering:
     def load_all(cls, path: str | Path) -> list[Steering]:
         """Every steering in the GGUF file `path`, in order: a steering file, or a model that embeds steerings.
 
-        Raises FormatError where it holds none or one that is malformed, SteerError where it cannot be read.
+        Raises FormatError if it holds none or one that is malformed, SteerError where it cannot be read.
         """
         found: list[Steering] = []
         for parts in steering_file.read(Path(path)):
@@ -218,7 +218,7 @@ class Steering:
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write a steering file of this one steering, whole or not at all.
 
-        Raises SteerError where `path` exists and `force` is not given, or the system refuses to write.
+        Raises SteerError if `path` exists and `force` is not given, or the system refuses to write.
         """
         save_all([self], path, force=force)
 

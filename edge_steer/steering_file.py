@@ -64,7 +64,7 @@ _MADE: dict[str, Kind] = {
 def read(path: Path) -> list[Fields]:
     """The fields of every steering in `path`, in order; absent optional ones are left out.
 
-    Raises FormatError where the file holds no steering, or one that is not in this form, SteerError where it cannot
+    Raises FormatError if the file holds no steering, or one that is not in this form, SteerError where it cannot
     be read.
     """
     values = read_gguf(path, lambda key: key.startswith("steering.")).values
@@ -130,7 +130,7 @@ def metadata(steerings: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
     """The keys of `steerings` with their values, for a file of their own or to embed in a model's GGUF.
 
     All must be for one model. Provenance that differs from the first steering's stands under `steering.{i}.made.`.
-    Raises SteerError where there is none, for several models, or several of one name.
+    Raises SteerError if there is none, for several models, or several of one name.
     """
     if not steerings:
         raise SteerError("expected at least one steering to write, got none")
@@ -172,7 +172,7 @@ def add_metadata(writer: GGUFWriter, values: Mapping[str, Value]) -> None:
 
 
 def write(steerings: Sequence[Mapping[str, Any]], path: Path, *, force: bool = False) -> None:
-    """Write a steering file, whole or not at all. Raises SteerError where `path` exists and `force` is not given."""
+    """Write a steering file, whole or not at all. Raises SteerError if `path` exists and `force` is not given."""
     values = metadata(steerings)
     with whole_file(path, force=force) as part:
         writer = GGUFWriter(part, ARCHITECTURE)

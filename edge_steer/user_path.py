@@ -8,7 +8,7 @@ from edge_steer.errors import SteerError
 
 
 def user_path(written: str | Path) -> Path:
-    """The path, `~` and `~name` expanded. Raises SteerError where that user has no home folder that the system knows.
+    """The path, `~` and `~name` expanded. Raises SteerError if that user has no home folder that the system knows.
 
     A container's user may have none, and no HOME either.
     """

@@ -17,7 +17,7 @@ def whole_file(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     A link stays one: what it leads to is written.
 
-    Raises SteerError where `path` exists and `force` is not given, where it is no regular file (a device must not be
+    Raises SteerError if `path` exists and `force` is not given, where it is no regular file (a device must not be
     replaced), and where the system refuses to write.
     """
     path = path.resolve() if path.is_symlink() else path

@@ -45,7 +45,7 @@ def find_dial(
 
     first: where to look first, above 0. The divergence grows as a power of the angle between 1 and 2, so
     θ ← θ √(target/KL), and between two angles around the target as the straight line in logarithms.
-    Raises NoEffectError where even the last angle changes nothing.
+    Raises NoEffectError if even the last angle changes nothing.
     """
     scale = ADDITION_PER_DEGREE if steering.operator == "addition" else 1.0
     most = _MOST * scale

@@ -58,7 +58,7 @@ def compute_directions(sites: Sequence[Site], positive: ClassSums, negative: Cla
 
 
 def axes_at(sites: Sequence[Site], steering: Steering) -> Float64:
-    """b1 (T, d) of `steering` at each of `sites`. Raises SteerError where it was not calibrated at one of them."""
+    """b1 (T, d) of `steering` at each of `sites`. Raises SteerError if it was not calibrated at one of them."""
     if missing := [site for site in sites if site not in steering.sites]:
         raise SteerError(
             f"expected steering {steering.name!r} at {missing[0]} to be orthogonal to it there, got "
@@ -71,7 +71,7 @@ def project_out(unit: Float64, axes: Sequence[Float64]) -> tuple[Float64, NDArra
     """The directions (T, d) with their part along each of `axes` (T, d) taken out, unit again, and which T sites keep
     one: u ← unit(u − (u·r)r), the axes made orthogonal to each other first. An axis of zeros takes nothing out.
 
-    Raises SteerError where no site keeps a direction.
+    Raises SteerError if no site keeps a direction.
     """
     orthogonal: list[Float64] = []
     for axis in axes:

@@ -108,7 +108,7 @@ def calibrate_model(
 ) -> Steering:
     """The steering of `prompts` on the engine's model, its sites chosen and its dial measured as `options` has it.
 
-    Raises SteerError where the prompts allow none, or what is found changes nothing.
+    Raises SteerError if the prompts allow none, or what is found changes nothing.
     """
     options = options or CalibrationOptions()
     with closing(engine):

@@ -31,7 +31,7 @@ def best_direction(unit: Float64) -> int:
 def global_plane(unit: Float64) -> Float64:
     """B (2, d) from the directions (T, d): b1 the best of them, b2 their first principal component orthogonal to b1.
 
-    The sign of b2 is left open, see `orient_plane`. Raises SteerError where all directions are one.
+    The sign of b2 is left open, see `orient_plane`. Raises SteerError if all directions are one.
     """
     b1 = unit[best_direction(unit)]
     _, spread, components = np.linalg.svd(unit - unit.mean(0), full_matrices=False)

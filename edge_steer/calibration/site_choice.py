@@ -125,7 +125,7 @@ def calibrate_candidates(
     """A steering for each candidate that the prompts allow; `note` is told of the others.
 
     recorder: of RECORDED_SITES; hand in a CachedRecorder, and the prompts are run once. step: as for calibrate.
-    Raises SteerError where the prompts allow none.
+    Raises SteerError if the prompts allow none.
     """
     steerings: dict[Candidate, Steering] = {}
     known = architecture(recorder.base.architecture)

@@ -76,7 +76,7 @@ def calibrate(
     orthogonal_to: prompts or steerings whose own directions are projected out of these.
     name: None is the name of the prompts. step: called with k after every k further prompts, `passes(…)` in all.
     note: called with a line for each site that is left out.
-    Raises SteerError where there is nothing to turn: no prompts, equal classes, no plane, an empty mask.
+    Raises SteerError if there is nothing to turn: no prompts, equal classes, no plane, an empty mask.
     """
     for what, value, known in (("operator", operator, OPERATORS), ("plane", plane, PLANES), ("mask", mask, MASKS)):
         if value not in known and not (what == "mask" and value is None):

@@ -56,7 +56,7 @@ class TorchRecorder:
 
         sites: as `Architecture.sites` takes them. device: `auto` is CUDA, else MPS, else the CPU. dtype: `auto` is
         float32 on the CPU and bfloat16 elsewhere. Code that comes with a model is never run.
-        Raises SteerError where torch is missing, the model cannot be read, or its sites are not known.
+        Raises SteerError if torch is missing, the model cannot be read, or its sites are not known.
         """
         try:
             import torch

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--mask",
     type=click.Choice(MASKS),
-    help="Steer sites that tell the classes apart, layers of which all sites do, or all.  "
+    help="Steer sites that tell the classes apart, layers where every site does, or all.  "
     "[default: all; layer for --plane global with an operator that is not standard or adaptive]",
 )
 @click.option(

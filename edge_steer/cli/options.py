@@ -209,7 +209,7 @@ def names_angles(steering: Sequence[str], angle: float | None, strength: float |
 def output_path(output: str, force: bool, *inputs: str | Path | None) -> Path:
     """Where to write, looked at before the work is done.
 
-    Raises SteerError where it would be refused afterwards, or would destroy one of the `inputs`.
+    Raises SteerError if it would be refused afterwards, or would destroy one of the `inputs`.
     """
     from pathlib import Path
 

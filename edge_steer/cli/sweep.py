@@ -65,7 +65,7 @@ def sweep(
 ) -> None:
     """Measure effect and damage over the dial, and the range that is safe.
 
-    Stopped, it goes on where it was when it is run again.
+    Resumes after Ctrl-C when it is run again.
 
     \b
     edge-steer sweep -m smollm2-135m -s happy.gguf -o out/ --write

@@ -54,7 +54,7 @@ def bake_gguf(
 
     Metadata and tensors that do not change are copied byte for byte. Steered ones keep their type, or take
     `steered_type` where theirs is a quantized one.
-    Raises SteerError where the steerings cannot be exact in these weights, before anything is written.
+    Raises SteerError if the steerings cannot be exact in these weights, before anything is written.
     """
     model, out = read_model(model_path), Path(out)
     on, actions = linear_actions(steerings)

@@ -26,7 +26,7 @@ def control_vector(
 ) -> Path:
     """Write the sum of the steerings, coefficients included, as a control vector for scale 1.
 
-    Raises SteerError where one of them is something else than an addition to blocks from 1 on.
+    Raises SteerError if one of them is something else than an addition to blocks from 1 on.
     """
     model = read_model(model_path)
     directions: dict[int, NDArray[np.float64]] = {}

@@ -26,7 +26,7 @@ def embed(
     """Write the GGUF `model_path` with `steerings` in its metadata to `out`; every tensor stays as it is.
 
     A dial that is given becomes that steering's default. The steerings bear this model as the one they are for.
-    Raises SteerError where a steering does not fit, or the model embeds some already.
+    Raises SteerError if a steering does not fit, or the model embeds some already.
     """
     model, out = read_model(model_path), Path(out)
     for steering, _ in steerings:

@@ -69,7 +69,7 @@ def size_of(tensor: TensorInfo) -> int:
 
 
 def map_model(model: ModelFile) -> Mapped:
-    """The file of `model`, mapped. Raises FormatError where its head has changed since it was read."""
+    """The file of `model`, mapped. Raises FormatError if its head has changed since it was read."""
     data = np.memmap(model.path, np.uint8, "r")
     _, version, _, key_count = _HEADER.unpack(data[: _HEADER.size].tobytes())
     alignment = int(model.metadata.get("general.alignment", _ALIGNMENT))

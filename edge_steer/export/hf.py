@@ -37,7 +37,7 @@ def bake_hf(
     """Write the Hugging Face directory `folder` with the steerings folded in to `out`, whole or not at all.
 
     Tokenizer, configuration and the index are copied; weights in any other form than safetensors are not.
-    Raises SteerError where the steerings cannot be exact in these weights, before anything is written.
+    Raises SteerError if the steerings cannot be exact in these weights, before anything is written.
     """
     source, out = read_checkpoint(folder), Path(out)
     on, actions = linear_actions(steerings)

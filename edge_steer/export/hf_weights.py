@@ -69,7 +69,7 @@ class Checkpoint:
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """What the Hugging Face directory `folder` holds; no weights are read.
 
-    Raises FormatError where it is malformed, SteerError where it is none or of an unknown model.
+    Raises FormatError if it is malformed, SteerError where it is none or of an unknown model.
     """
     folder = Path(folder)
     config = read_config(folder)

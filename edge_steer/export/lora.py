@@ -50,7 +50,7 @@ class Products:
 def products(model: ModelFile, steerings: Sequence[Steering], progress: Progress = no_progress) -> Products:
     """The halves of every weight that changes. Reads those weights once, some rows at a time.
 
-    Raises SteerError where the steerings cannot be exact in an adapter for this model.
+    Raises SteerError if the steerings cannot be exact in an adapter for this model.
     """
     for steering in steerings:
         check_linear(steering)
@@ -95,7 +95,7 @@ def live_adapter(llama_model: Any, source: Products, actions: Actions) -> Any:
     """An adapter for a model that llama.cpp has loaded (its pointer), for scale 1; free it with
     llama_adapter_lora_free once no context uses it. The model keeps its memory map.
 
-    Raises SteerError where llama.cpp refuses it.
+    Raises SteerError if llama.cpp refuses it.
     """
     import llama_cpp
 

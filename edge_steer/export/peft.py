@@ -32,7 +32,7 @@ def export_peft(
     """Write a folder that `peft.PeftModel.from_pretrained` loads over the model in `folder`, at these dials.
 
     Every module has the rank of the whole, zero where fewer steerings act; lora_alpha is that rank, so that the scale
-    is 1. Raises SteerError where the steerings cannot be exact, or the weights are ones that PEFT cannot reach.
+    is 1. Raises SteerError if the steerings cannot be exact, or the weights are ones that PEFT cannot reach.
     """
     source, out = read_checkpoint(folder), Path(out)
     on, actions = linear_actions(steerings)

@@ -92,7 +92,7 @@ def steered_readers(
 
 
 def readers_of(site: Site, architecture: Architecture, tensors: set[str]) -> tuple[str, ...]:
-    """Every weight among `tensors` that reads the norm `site`. Raises SteerError where they cannot all be known."""
+    """Every weight among `tensors` that reads the norm `site`. Raises SteerError if they cannot all be known."""
     if site.kind not in architecture.kinds:
         raise MismatchError(f"expected a site of {', '.join(architecture.kinds)} in {architecture.name}, got {site}")
     found = architecture.readers(site, tensors)

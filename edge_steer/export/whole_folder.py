@@ -16,7 +16,7 @@ from edge_steer.errors import SteerError
 def whole_folder(path: Path, source: Path | None = None, *, force: bool = False) -> Iterator[Path]:
     """A new folder beside `path` to write to; it becomes `path` where the block ends well, else it is removed.
 
-    Raises SteerError where `path` exists and `force` is not given, where it is a file or holds `source`, and where the
+    Raises SteerError if `path` exists and `force` is not given, where it is a file or holds `source`, and where the
     system refuses to write. With `force`, a folder that is there is replaced as a whole.
     """
     path = Path(os.path.normpath(path))

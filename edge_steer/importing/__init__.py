@@ -17,7 +17,7 @@ def import_steering(source: str | Path, model: str | Path, *, name: str | None =
     """The steering in `source`, for `model`: a GGUF file or a Hugging Face directory.
 
     source: a published calibration (its folder, or its plane.pt), or a control vector in GGUF. name: of the steering,
-    else that of the source. Raises SteerError where the source is neither, is malformed, or is for another model.
+    else that of the source. Raises SteerError if the source is neither, is malformed, or is for another model.
     """
     source = Path(source)
     if source.is_dir():

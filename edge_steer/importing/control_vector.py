@@ -31,7 +31,7 @@ def import_control_vector(source: Path, target: Target, name: str) -> Steering:
 
     Its vectors have lengths of their own, which `mean_norm` carries: r_s = ‖direction‖, so that α = 1 adds them as they
     are. A block whose vector is zero is left out.
-    Raises FormatError where the file is malformed, MismatchError where it is for another model.
+    Raises FormatError if the file is malformed, MismatchError where it is for another model.
     """
     head = read_gguf(source, lambda key: key in ("general.architecture", "controlvector.model_hint"))
     kind, hint = (

@@ -36,7 +36,7 @@ def import_published(plane: Path, target: Target, name: str) -> Steering:
 
     Its plane was stored in bfloat16, so it is made orthonormal again, in float64; sign and mask stay as published, and
     every site it was calibrated on, post-norms included. Separation and mean norms were not published.
-    Raises FormatError where a file is malformed, MismatchError where it is for another model.
+    Raises FormatError if a file is malformed, MismatchError where it is for another model.
     """
     found = _load(plane)
     pair = found.get("basis")

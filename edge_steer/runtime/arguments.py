@@ -46,7 +46,7 @@ def context_length(file: ModelFile, asked: int | None) -> int:
 
 
 def adapter_path(path: str | Path | None) -> str | None:
-    """The path of an adapter that is to be loaded. Raises SteerError where there is no such file."""
+    """The path of an adapter that is to be loaded. Raises SteerError if there is no such file."""
     if path is not None and not Path(path).is_file():
         raise SteerError(f"expected an adapter at {path}, got no file; check lora_path")
     return None if path is None else str(path)

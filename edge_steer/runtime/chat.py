@@ -52,7 +52,7 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
     """Yields the answer to a chat piece by piece; returns it whole. Closing the generator stops it.
 
     Blanks at its head are left out: a template that ends without a space leaves it to the model.
-    Raises SteerError where the prompt fills the context.
+    Raises SteerError if the prompt fills the context.
     """
     prompt = llm.chat_tokens(messages)
     _check_room(llm, prompt)
@@ -166,7 +166,7 @@ class Chat:
         return (yield from stream_answer(self.llm, [*self.messages(), user], self.sampling))
 
     def _make_room(self, user: Message) -> None:
-        """Drop the oldest turns until `user` and an answer fit. Raises SteerError where they never will."""
+        """Drop the oldest turns until `user` and an answer fit. Raises SteerError if they never will."""
         n_ctx = self.llm.n_ctx()
         _check_room(self.llm, self.llm.chat_tokens([*self._head(), user]))
         room = n_ctx - min(self.sampling.max_tokens, n_ctx // 4)

@@ -85,7 +85,7 @@ def first_dials(
 
 
 def load_steerings(given: SteeringLike | Sequence[SteeringLike] | None) -> tuple[Steering, ...]:
-    """Steerings from values and paths, in order. Raises SteerError where two bear the same name."""
+    """Steerings from values and paths, in order. Raises SteerError if two bear the same name."""
     if given is None:
         return ()
     several = [given] if isinstance(given, (Steering, str, Path)) else list(given)

@@ -23,7 +23,7 @@ from edge_steer.runtime.native import check_library
 def examine_build() -> dict[str, Any]:
     """Versions, features of the llama.cpp build, optional packages.
 
-    Raises SteerError where the native library does not fit.
+    Raises SteerError if the native library does not fit.
     """
     check_library()
     features = llama_cpp.llama_print_system_info().decode(errors="replace").strip()

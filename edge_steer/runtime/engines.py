@@ -95,7 +95,7 @@ class LoraEngine:
     """One adapter for each position of the dials, built when it is first needed. For linear operators.
 
     It acts inside llama.cpp's own matrix products, so it is as fast on a GPU as anywhere. `llm` is the Llama it is
-    for; an adapter that was loaded with lora_path stays attached. Raises SteerError where a steering is not exact in
+    for; an adapter that was loaded with lora_path stays attached. Raises SteerError if a steering is not exact in
     an adapter.
     """
 

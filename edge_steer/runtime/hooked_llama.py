@@ -47,7 +47,7 @@ class HookedLlama(Llama):  # type: ignore[misc]
 
     file, arch: the model's, as read_model and architecture give them. rpc, template: as for SteeredLlama.
     llama: for llama_cpp.Llama.
-    Raises SteerError where llama.cpp does not load the model.
+    Raises SteerError if llama.cpp does not load the model.
     """
 
     n_tokens: int

@@ -56,7 +56,7 @@ class SteeredLlama(HookedLlama):
               this machine's GPUs; every layer, where n_gpu_layers is left out.
     Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
 
-    Raises SteerError where a steering does not fit the model.
+    Raises SteerError if a steering does not fit the model.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class SteeredLlama(HookedLlama):
         """Evaluate tokens under `actions` and stamp them with that state; opens: a response begins with the first.
 
         every_row: returns the logits behind each token, (n, vocabulary) for each batch; only the last token's are kept
-        otherwise, or every token's in `scores` with logits_all. Raises SteerError where a steering fails to act.
+        otherwise, or every token's in `scores` with logits_all. Raises SteerError if a steering fails to act.
         """
         rows: list[NDArray[np.float32]] = []
         if len(tokens) == 0:
@@ -385,7 +385,7 @@ class SteeredLlama(HookedLlama):
         """Evaluate a prompt and record the activations of its last token at every site of `hook_sites`.
 
         Unsteered, or where `steered` under the dials: then a site's activation is what it was before it was turned
-        there itself. Tokens it shares with the last prompt are not evaluated again. Raises SteerError where it exceeds
+        there itself. Tokens it shares with the last prompt are not evaluated again. Raises SteerError if it exceeds
         the context.
         """
         with self.without_answer():

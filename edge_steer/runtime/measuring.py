@@ -23,7 +23,7 @@ _ROWS = 64  # rows of logits at a time: one can be a megabyte
 def read_logits(llm: SteeredLlama, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
     """What the model expects in place of tokens[start:]: logits (len(tokens) − start, vocabulary).
 
-    tokens[:start] count as the prompt, the rest as the answer. Raises SteerError where they exceed the context.
+    tokens[:start] count as the prompt, the rest as the answer. Raises SteerError if they exceed the context.
     """
     tokens = list(tokens)
     if not 0 < start < len(tokens) <= llm.n_ctx():
@@ -44,7 +44,7 @@ def record_activations(llm: SteeredLlama, tokens: Sequence[int], record: Record,
     """Evaluate a prompt and record the activations of its last token at every site of `hook_sites`.
 
     Unsteered, or where `steered` under the dials: then a site's activation is what it was before it was turned there
-    itself. Raises SteerError where the prompt exceeds the context.
+    itself. Raises SteerError if the prompt exceeds the context.
     """
     tokens = list(tokens)
     if not 0 < len(tokens) <= llm.n_ctx():

@@ -72,7 +72,7 @@ _Rows = list[tuple[str, int, int]]  # field, offset, size; the structure itself 
 
 @cache
 def library() -> ctypes.CDLL:
-    """libsteer, with the signatures of steer.h and choose.h. Raises SteerError where it is not built or another's."""
+    """libsteer, with the signatures of steer.h and choose.h. Raises SteerError if it is not built or another's."""
     lib = ctypes.CDLL(str(_find()))
     lib.steer_abi.restype = c_int32
     if lib.steer_abi() != ABI:
@@ -102,7 +102,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def bound_ggml() -> ctypes.Structure:
-    """struct steer_ggml: what the hook knows of ggml. Raises MismatchError where llama.cpp is not as it is known."""
+    """struct steer_ggml: what the hook knows of ggml. Raises MismatchError if llama.cpp is not as it is known."""
     compatibility.check()
     rows = _reported(library())
     turn = ctypes.cast(library().steer_in_graph, c_void_p).value or 0
@@ -155,7 +155,7 @@ def _functions(rows: _Rows) -> list[str]:
 
 
 def _structure(name: str, rows: _Rows) -> type[ctypes.Structure]:
-    """The structure `name` for ctypes. Raises MismatchError where a field does not lie as the library has it."""
+    """The structure `name` for ctypes. Raises MismatchError if a field does not lie as the library has it."""
     if name in _BEHIND_FUNCTIONS:
         fields = (*((function, c_void_p) for function in _functions(rows)), *_BEHIND_FUNCTIONS[name])
         structure: type[ctypes.Structure] = type(name, (ctypes.Structure,), {"_fields_": fields})

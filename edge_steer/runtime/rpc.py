@@ -181,7 +181,7 @@ def connect(servers: Sequence[str]) -> tuple[int, ...]:
     """ggml's devices on `servers`, each HOST:PORT, with those of this machine's GPUs behind them.
 
     From then on a server that is lost in the middle of a computation ends the process with one line and exit code 1,
-    after `last_words`: ggml would abort it. Raises SteerError where a server does not answer or this llama.cpp is built
+    after `last_words`: ggml would abort it. Raises SteerError if a server does not answer or this llama.cpp is built
     without RPC.
     """
     devices = [device for server in dict.fromkeys(servers) for device in _devices_of(server)] + _local_gpus()

@@ -27,7 +27,7 @@ class Transcript:
 
 
 def save_transcript(chat: Chat, path: Path) -> None:
-    """Write the conversation. Raises SteerError where `path` exists or cannot be written."""
+    """Write the conversation. Raises SteerError if `path` exists or cannot be written."""
     if path.exists():
         raise SteerError(f"{path} exists; choose another name")
     record = {
@@ -41,7 +41,7 @@ def save_transcript(chat: Chat, path: Path) -> None:
 
 
 def read_transcript(path: Path) -> Transcript:
-    """The conversation in a file. Raises SteerError where there is none, FormatError where it is no conversation."""
+    """The conversation in a file. Raises SteerError if there is none, FormatError where it is no conversation."""
     if not path.is_file():
         raise SteerError(f"{path}: expected a conversation that /save wrote, got no such file; check the path")
     record = read_json(path)

@@ -48,7 +48,7 @@ def with_safe_range(curve: Curve) -> Steering:
     """The steering with its safe range stored, and half of its positive end (or negative, where that is 0) as default
     dial where it has none but a provisional one.
 
-    Raises SteerError where no position but off is within the budget.
+    Raises SteerError if no position but off is within the budget.
     """
     steering, found = curve.steering, curve.safe_range
     if found is None or found.low == found.high:

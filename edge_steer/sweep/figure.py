@@ -13,7 +13,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """An empty figure, inches wide and high. Raises SteerError where matplotlib is missing."""
+    """An empty figure, inches wide and high. Raises SteerError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -22,7 +22,7 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, path: Path, *, force: bool) -> None:
-    """Write a figure as PNG. Raises SteerError where the file cannot be written."""
+    """Write a figure as PNG. Raises SteerError if the file cannot be written."""
     with whole_file(path, force=force) as part:
         figure.savefig(part, format="png", dpi=150)
 

@@ -33,7 +33,7 @@ class Journal:
     def open(cls, path: Path, settings: dict[str, Any], *, force: bool = False) -> Journal:
         """The journal at `path`, a new one where there is none or `force` is given.
 
-        Raises SteerError where it was written under other settings, or is no journal.
+        Raises SteerError if it was written under other settings, or is no journal.
         """
         if force or not path.exists():
             with whole_file(path, force=force) as part:

@@ -29,7 +29,7 @@ def plot_layers(steerings: Sequence[Steering], path: Path, *, force: bool = Fals
     """Separation, alignment and mean norm by layer, a line for each kind of site; filled where the steering acts. One
     column each.
 
-    Raises SteerError where matplotlib is missing or the file cannot be written.
+    Raises SteerError if matplotlib is missing or the file cannot be written.
     """
     figure = new_figure((1 + 6 * len(steerings), 8))
     axes = figure.subplots(3, len(steerings), sharex="col", squeeze=False)

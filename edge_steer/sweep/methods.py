@@ -47,7 +47,7 @@ def calibrate_methods(
     """A steering for each method, named after it; one that the prompts do not allow is told to `note` and left out.
 
     recorder: of RECORDED_SITES. Hand in a CachedRecorder, and the prompts are run once.
-    Raises SteerError where no method is left.
+    Raises SteerError if no method is left.
     """
     check_methods(methods)
     made = []

@@ -72,7 +72,7 @@ def verify(
 
     hf: the Hugging Face directory that the GGUF was made from, to compare with transformers. llama: parameters of
     llama_cpp.Llama. Baked models are written to the temporary folder, one at a time.
-    Raises SteerError where only the hook can do them and there is no `hf`.
+    Raises SteerError if only the hook can do them and there is no `hf`.
     """
     model = read_model(model_path)
     on = [(steering, dial) for steering, dial in steerings if steering.action(dial) is not None]
@@ -151,7 +151,7 @@ def _run_engines(
         runs["lora"] = EngineRun(done(runner.run("lora", on)), plain, plain)
     if not plan.no_weights:
         # Undone by the hook, quantized weights are those of the model but for their second rounding. Where nothing
-        # is quantized there is none to speak of, and the unsteered model says more: it does not hang on the bake.
+        # is quantized there is none to speak of, and the unsteered model says more: it does not depend on baking.
         baked = runner.run_baked(on, undo=inverse_steerings(on) if plan.quantized else ())
         runs["baked"] = EngineRun(done(baked.logits), baked.undone if plan.quantized else plain, plain)
         rounding = baked.rounding
