@@ -6,8 +6,8 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_steer.converters.llama_log import listening
 from edge_steer.errors import SteerError
+from edge_steer.runtime.llama_log import llama_errors
 
 _PREFIXES = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 _MAX_BUFFER = 1 << 29  # bytes of one weight's rows at a time; llama.cpp's own bound is 8 GiB
@@ -59,7 +59,7 @@ def quantize_file(
         if text.startswith(b"["):  # "[  12/ 272] blk.1.attn_q.weight …"
             step(1)
 
-    with listening(count) as said:
+    with llama_errors(count) as said:
         failed = llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(parameters))
     if failed:
         raise SteerError(f"llama.cpp cannot quantize this model to {name}: {' '.join(said) or 'no reason given'}")

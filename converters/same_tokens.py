@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_steer.converters.llama_log import listening
 from edge_steer.converters.vocabulary import Vocabulary, is_metaspace
 from edge_steer.errors import MismatchError, SteerError
+from edge_steer.runtime.llama_log import llama_errors
 
 # Each line tries what pre-tokenizers differ in. Composed characters only: llama.cpp does not normalise.
 TEXT = (
@@ -59,6 +59,10 @@ def demand_same_tokens(gguf: Path, vocabulary: Vocabulary, *, allow: bool = Fals
     return found
 
 
+def _pass_over(_: bytes) -> None:
+    """What is no error is not for the terminal."""
+
+
 @contextmanager
 def _llama_tokenizer(gguf: Path, pre: str) -> Iterator[Callable[[str], list[int]]]:
     import llama_cpp
@@ -66,7 +70,7 @@ def _llama_tokenizer(gguf: Path, pre: str) -> Iterator[Callable[[str], list[int]
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
-    with listening() as errors:
+    with llama_errors(_pass_over) as errors:
         model = llama_cpp.llama_model_load_from_file(bytes(gguf), parameters)
     if not model:
         raise SteerError(

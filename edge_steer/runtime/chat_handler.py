@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from edge_steer.runtime.hooked_llama import HookedLlama, Message
 
 
-def is_jinja(template: str) -> bool:
-    """Whether a template is Jinja's text, not the name of one of llama.cpp's."""
-    return "{" in template or "\n" in template
-
-
 def make_chat_handler(llm: HookedLlama) -> Any:
     """A chat handler that renders as `chat_tokens` does; never with another model's template.
 

@@ -24,7 +24,7 @@ from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
 from edge_steer.model_file import ModelFile
 from edge_steer.runtime.arguments import adapter_path, context_length
-from edge_steer.runtime.chat_handler import is_jinja, make_chat_handler
+from edge_steer.runtime.chat_handler import make_chat_handler
 from edge_steer.runtime.hook import Hook, Record
 from edge_steer.runtime.llama_log import llama_errors, reason
 from edge_steer.runtime.rpc import connect
@@ -33,6 +33,11 @@ from edge_steer.runtime.tokens import Tokenizer
 from edge_steer.sites import Architecture, Site
 
 Message = Mapping[str, Any]  # role and content
+
+
+def _is_jinja(template: str) -> bool:
+    """Whether a template is Jinja's text, not the name of one of llama.cpp's."""
+    return "{" in template or "\n" in template
 
 
 class Closed:
@@ -150,7 +155,7 @@ class HookedLlama(Llama):  # type: ignore[misc]
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """How this model's chats are written."""
-        if self._template is not None and not is_jinja(self._template):
+        if self._template is not None and not _is_jinja(self._template):
             return ChatTemplate.builtin(self._template, self.token_text(self.token_bos()))
         return ChatTemplate.from_gguf(
             self._template or self.metadata.get("tokenizer.chat_template"),

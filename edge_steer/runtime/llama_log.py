@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import llama_cpp
@@ -13,8 +13,11 @@ _ERROR = 4  # ggml_log_level: none, debug, info, warn, error, continued
 
 
 @contextmanager
-def llama_errors() -> Iterator[list[str]]:
-    """The lines that llama.cpp calls errors while the block runs, as they come; whoever listened hears on."""
+def llama_errors(heard: Callable[[bytes], object] | None = None) -> Iterator[list[str]]:
+    """The lines that llama.cpp calls errors while the block runs, as they come.
+
+    heard: told all else that it says, in place of whoever listened; None: whoever listened hears everything.
+    """
     lines: list[str] = []
     listener, its_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(listener), ctypes.byref(its_data))
@@ -22,8 +25,10 @@ def llama_errors() -> Iterator[list[str]]:
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def listen(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
-            lines.append(text.decode(errors="replace"))
-        if listener:
+            lines.append(text.decode(errors="replace").strip())
+        elif heard is not None:
+            heard(text)
+        if heard is None and listener:
             listener(level, text, its_data)
 
     llama_cpp.llama_log_set(listen, ctypes.c_void_p())
