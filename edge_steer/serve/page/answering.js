@@ -1,0 +1,112 @@
+// Saying an answer: the request, its stream, the dials that move meanwhile, and everything that can go wrong.
+
+import { chat } from "./api.js";
+import { notice } from "./dom.js";
+import { check } from "./health.js";
+import { askKey } from "./key.js";
+import { LiveDials, same } from "./live.js";
+import { dialsNow, dialsOff, samplingNow, save } from "./state.js";
+
+const TRIES = 20; // while the queue is full
+
+const running = new Map(); // answer → {control, live}
+
+export const isRunning = () => running.size > 0;
+
+export const stopAll = () => running.forEach(({ control }) => control.abort());
+
+/** The dials have moved: tell the answers that follow them. */
+export const moveLive = () => running.forEach(({ live }, answer) => answer.kind === "steered" && live.move());
+
+/** A version of a turn: one answer, or with `compare` a steered and an unsteered one, at one seed. */
+export function newVersion(compare) {
+  const sampling = samplingNow();
+  sampling.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  const answer = (kind) => ({
+    kind, text: "", status: "waiting", note: "", problem: "", id: "", finish: "", tokens: 0, seconds: 0, moves: [], sampling,
+    steering: kind === "steered" ? dialsNow() : dialsOff(),
+  });
+  return (compare ? ["steered", "unsteered"] : ["steered"]).map(answer);
+}
+
+/** Have the server say `answer` to `messages`; `changed` is called after every change of it. Never raises. */
+export async function say(answer, messages, changed) {
+  const control = new AbortController();
+  const live = new LiveDials(
+    (steering) => { moved(answer, steering); changed(answer); },
+    (error) => notice(`The dial did not move: ${error.message}`),
+  );
+  running.set(answer, { control, live });
+  try {
+    await withRetries(answer, messages, changed, control.signal, live);
+    answer.status = "done";
+  } catch (error) {
+    answer.status = error.name === "AbortError" ? "stopped" : "failed";
+    if (answer.status === "failed") answer.problem = error.message;
+    if (answer.status === "failed" && error.status === 0) check();
+  }
+  live.over();
+  running.delete(answer);
+  answer.note = "";
+  changed(answer);
+  save();
+}
+
+async function withRetries(answer, messages, changed, signal, live) {
+  for (let tries = 1; ; tries++) {
+    try {
+      return await stream(answer, messages, changed, signal, live);
+    } catch (error) {
+      if (error.status === 503 && tries < TRIES) await countDown(answer, error, changed, signal);
+      else if (error.status !== 401 || !(await askKey())) throw error;
+      if (answer.kind === "steered") answer.steering = dialsNow(); // they may have moved while it waited
+    }
+  }
+}
+
+/** Wait as long as the server said, telling how long it will be. */
+async function countDown(answer, error, changed, signal) {
+  for (let left = Math.ceil(error.retryAfter || 2); left > 0; left--) {
+    answer.note = `${error.message.replace(/\.?$/, ".")} Trying again in ${left} s.`;
+    changed(answer);
+    await new Promise((resolve, reject) => {
+      const timer = setTimeout(resolve, 1000);
+      signal.addEventListener("abort", () => { clearTimeout(timer); reject(new DOMException("", "AbortError")); }, { once: true });
+    });
+  }
+  answer.note = "";
+}
+
+async function stream(answer, messages, changed, signal, live) {
+  const started = performance.now();
+  const body = { messages, steering: answer.steering, stream_options: { include_usage: true }, ...answer.sampling };
+  for await (const chunk of chat(body, signal)) {
+    if (chunk.id && !answer.id) {
+      answer.id = chunk.id;
+      if (chunk.steering) answer.steering = chunk.steering; // what the server really applied
+      live.started(chunk.id, answer.steering);
+    } else if (chunk.steering) {
+      moved(answer, chunk.steering);
+    }
+    const choice = chunk.choices?.[0];
+    const said = choice?.delta?.content ?? "";
+    if (said) {
+      answer.text += said;
+      answer.status = "talking";
+      answer.tokens += 1;
+    }
+    answer.finish = choice?.finish_reason ?? answer.finish;
+    answer.tokens = chunk.usage?.completion_tokens ?? answer.tokens;
+    answer.seconds = (performance.now() - started) / 1000;
+    changed(answer);
+    save();
+  }
+}
+
+/** From here on the answer is said at `steering`. */
+function moved(answer, steering) {
+  const at = answer.text.length;
+  if (answer.moves.at(-1)?.at === at) answer.moves.pop(); // nothing was said there
+  if (!same(answer.moves.at(-1)?.steering ?? answer.steering, steering)) answer.moves.push({ at, steering });
+  save();
+}
