@@ -16,12 +16,12 @@ export const isRunning = () => running.size > 0;
 export const stopAll = () => running.forEach(({ control }) => control.abort());
 
 /** The dials have moved: tell the answers that follow them. */
-export const moveLive = () => running.forEach(({ live }, answer) => answer.kind === "steered" && live.move());
+export const moveLive = () => running.forEach(({ live }) => live.move());
 
 /** A version of a turn: one answer, or with `compare` a steered and an unsteered one, at one seed. */
 export function newVersion(compare) {
   const sampling = samplingNow();
-  sampling.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  sampling.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000; // short enough to type
   const answer = (kind) => ({
     kind, text: "", status: "waiting", note: "", problem: "", id: "", finish: "", tokens: 0, seconds: 0, moves: [], sampling,
     steering: kind === "steered" ? dialsNow() : dialsOff(),
@@ -84,7 +84,7 @@ async function stream(answer, messages, changed, signal, live) {
     if (chunk.id && !answer.id) {
       answer.id = chunk.id;
       if (chunk.steering) answer.steering = chunk.steering; // what the server really applied
-      live.started(chunk.id, answer.steering);
+      if (answer.kind === "steered") live.started(chunk.id, answer.steering);
     } else if (chunk.steering) {
       moved(answer, chunk.steering);
     }

@@ -10,7 +10,7 @@ export const key = {
 /** status 0: the server could not be reached, or the connection broke off. */
 export class ApiError extends Error {
   constructor(message, status = 0, retryAfter = 0) {
-    super(message);
+    super(message.charAt(0).toUpperCase() + message.slice(1));
     this.status = status;
     this.retryAfter = retryAfter;
   }

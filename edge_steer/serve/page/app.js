@@ -100,6 +100,7 @@ function connectDrawer() {
   };
   $("drawer-open").onclick = () => {
     set(!document.body.classList.contains("drawer"));
+    scrollToEnd(); // the drawer covers where the answer stood
     if (!$("panel").inert) $("panel").querySelector("input[type=range], button")?.focus();
   };
   $("drawer-close").onclick = () => { set(false); $("drawer-open").focus(); };

@@ -36,7 +36,7 @@ function card(steering, index, onmove) {
   const toggle = h("input", { type: "checkbox", role: "switch", id: `${id}-on`, "aria-label": `${steering.name}, on` });
   const warning = h("p", { className: "warning", role: "status" });
   const scale = isSwitch(steering) ? null : scaleOf(steering, id);
-  const root = h("section", { className: "card", "aria-labelledby": `${id}-name`, title: "" },
+  const root = h("section", { className: "card", "aria-labelledby": `${id}-name` },
     h("div", { className: "head" },
       h("h3", { id: `${id}-name` }, steering.name),
       scale?.number,
@@ -72,7 +72,8 @@ function scaleOf(steering, id) {
   const input = h("input", { type: "number", id: `${id}-number`, step: "any", "aria-label": `${steering.name}, number` });
   const unit = h("span", { className: "unit", "aria-hidden": "true" }, steering.unit === "degrees" ? "°" : "");
   const track = h("div", { className: "track" }, h("div", { className: "rail" },
-    h("div", { className: "safe" }), h("div", { className: "fill" }), h("div", { className: "zero" })), range);
+    h("div", { className: "safe" }), h("div", { className: "fill" }), h("div", { className: "over" }), h("div", { className: "zero" }),
+    tick(steering, steering.min, "from"), tick(steering, steering.max, "to")), range);
   const low = endButton(steering, steering.negative_name || "less", steering.min);
   const high = endButton(steering, steering.positive_name || "more", steering.max);
   const reset = button("", null, { className: "link reset" });
@@ -116,9 +117,11 @@ function scaleOf(steering, id) {
 
 const endsOf = ({ negative_name, positive_name }) => `${negative_name || "less"} to ${positive_name || "more"}`;
 
+const tick = (steering, end, side) => (end === null ? null : h("small", { className: `tick ${side}`, "aria-hidden": "true" }, shown(steering, end)));
+
 function endButton(steering, name, end) {
-  const text = end === null ? name : [h("span", {}, name), h("small", {}, shown(steering, end))];
-  return h("button", { type: "button", className: "end", disabled: end === null, title: end === null ? null : "Turn to this end of the safe range" }, text);
+  const title = end === null ? null : `Turn to ${shown(steering, end)}, this end of the safe range`;
+  return h("button", { type: "button", className: "end", disabled: end === null, title }, name);
 }
 
 function rangeText({ min, max, provisional }) {

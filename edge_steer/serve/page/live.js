@@ -3,7 +3,7 @@
 import { moveDials } from "./api.js";
 import { dialsNow } from "./state.js";
 
-const PAUSE = 120; // ms between two moves: a drag is a few dozen events a second
+const PAUSE = 60; // ms between two moves: a drag is a few dozen events a second
 
 /** Whether two positions are one, but for the server's rounding. */
 export function same(one, other) {

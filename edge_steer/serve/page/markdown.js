@@ -61,8 +61,8 @@ function markMoves(fragment, moves, firstTone) {
       const move = MARKS.test(piece) ? moves[piece.charCodeAt(0) - FIRST_MARK] : null;
       if (move) tone = move.tone;
       if (move) return move.label ? chip(move) : "";
-      return piece.trim() ? toned(piece, tone) : piece;
-    });
+      return toned(piece, tone);
+    }).flat();
     node.replaceWith(...pieces);
   }
   for (const element of fragment.querySelectorAll("[href], [title]")) {
@@ -73,9 +73,10 @@ function markMoves(fragment, moves, firstTone) {
 }
 
 function toned(text, tone) {
-  const span = h("span", { className: "said" }, text);
+  const words = text.trimStart();
+  const span = h("span", { className: "said" }, words);
   setTone(span, tone);
-  return span;
+  return [text.slice(0, text.length - words.length), words ? span : ""];
 }
 
 function chip({ label, tone }) {

@@ -106,7 +106,7 @@ function buttonsOf(turn, answer, side, last, act) {
     parts.push(button(chosen ? "Goes on from here" : "Go on from this one", () => { turn.chosen = side; save(); act.show(); }, { "aria-pressed": String(chosen) }));
   }
   if (side > 0) return parts;
-  if (last) parts.push(button("Regenerate", () => act.regenerate(turn)));
+  if (last && !answer.problem) parts.push(button("Regenerate", () => act.regenerate(turn)));
   if (turn.versions.length > 1) {
     const turnTo = (version) => { turn.version = version; turn.chosen = 0; save(); act.show(); };
     const count = turn.versions.length;
