@@ -61,7 +61,7 @@ class Piece:
     """What one token adds to an answer. Its text may be "": half a character, or perhaps the head of a stop text."""
 
     text: str
-    choices: tuple[TokenChoice, ...] = ()  # of the tokens whose text this is, where log-probabilities are asked for
+    choice: TokenChoice | None = None  # where log-probabilities are asked for
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def stream_pieces(
     """
     check_room(llm, prompt)
     most = min(sampling.max_tokens, llm.n_ctx() - len(prompt))
-    text, waiting = _Text(sampling.stop, strip), []
+    text = _Text(sampling.stop, strip)
     count, first, last = 0, 0.0, 0.0
     finish = "stop"
     llm.set_seed(sampling.seed)
@@ -103,19 +103,15 @@ def stream_pieces(
             last = time.perf_counter()
             first = first or last
             count += 1
-            if sampling.log_probabilities is not None:
-                waiting.append(_choice(llm, token, sampling.log_probabilities))
-            shown = text.add(piece)
-            yield Piece(shown, tuple(waiting) if shown else ())
-            if shown:
-                waiting.clear()
+            choice = None if sampling.log_probabilities is None else _choice(llm, token, sampling.log_probabilities)
+            yield Piece(text.add(piece), choice)
             if text.stopped:
                 break
             if count == most:
                 finish = "length"
                 break
     if rest := text.end():
-        yield Piece(rest, tuple(waiting))
+        yield Piece(rest)
     return Answer(text.text, len(prompt), count, last - first, finish)
 
 

@@ -64,7 +64,7 @@ class _Answer:
     def add(self, event: Said) -> str:
         """What may be streamed once a piece has come: a text that may be a tool call waits."""
         self.text += event.piece.text
-        self.choices += event.piece.choices
+        self.choices += [event.piece.choice] if event.piece.choice else []
         end = self.form.may_begin(self.text) if self.form else len(self.text)
         begin, self.told = self.told, max(self.told, end)
         return self.text[begin : self.told]
@@ -113,7 +113,7 @@ async def _chunks(
                 yield PING
             elif isinstance(event, Said):
                 shown = answers[event.index].add(event)
-                told = _log_probabilities(service, event.piece.choices) if asked.logprobs else None
+                told = _log_probabilities(service, [event.piece.choice]) if event.piece.choice else None
                 if shown or told:
                     yield chunk(event.index, {"content": shown}, told=told)
             elif isinstance(event, Ended):

@@ -45,7 +45,7 @@ def routes(service: Service) -> APIRouter:
         def take(event: Event) -> None:
             if isinstance(event, Said):
                 texts[event.index] += event.piece.text
-                told[event.index] += event.piece.choices
+                told[event.index] += [event.piece.choice] if event.piece.choice else []
             elif isinstance(event, Ended):
                 ended[event.index] = event
 
@@ -101,10 +101,11 @@ def _usage(ended: Sequence[Ended | None], n: int) -> dict[str, Any]:
 
 
 def _log_probabilities(
-    service: Service, asked: CompletionRequest, choices: Sequence[TokenChoice], offset: int
+    service: Service, asked: CompletionRequest, found: Sequence[TokenChoice | None], offset: int
 ) -> dict[str, Any] | None:
     if asked.logprobs is None:
         return None
+    choices = [each for each in found if each is not None]
     text = [token_bytes(service, each.token).decode(errors="replace") for each in choices]
     offsets = [offset + sum(map(len, text[:i])) for i in range(len(text))]
     top = [
@@ -131,7 +132,7 @@ async def _chunks(
             if isinstance(event, Ping):
                 yield PING
             elif isinstance(event, Said):
-                told = _log_probabilities(service, asked, event.piece.choices, offsets[event.index])
+                told = _log_probabilities(service, asked, [event.piece.choice], offsets[event.index])
                 offsets[event.index] += len(event.piece.text)
                 yield data({**top, "choices": [_choice(event.index, event.piece.text, None, told)], **empty})
             elif isinstance(event, Ended):

@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -45,20 +44,20 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        started = False
-
-        async def note_start(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
         try:
             self._check_caller(scope, headers)
-            await self.app(scope, self._bounded(receive, headers), note_start)
+            body = _Body(receive, headers, self.rules)
         except ApiError as error:
-            if started:
-                raise
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
+            return
+
+        async def send_unless_refused(message: Message) -> None:
+            if body.refused is None:  # else the application answers that it could not read the body
+                await send(message)
+
+        await self.app(scope, body.receive, send_unless_refused)
+        if body.refused is not None:
+            await _refuse(body.refused, scope, receive, send)
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
         """Raise ApiError if this caller may not ask for this."""
@@ -77,31 +76,40 @@ class Guard:
                 type="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
 
-    def _bounded(self, receive: Receive, headers: Headers) -> Receive:
-        """`receive` that gives up on a body that is too large or too slow."""
-        rules = self.rules
+
+class _Body:
+    """The body of a request, given up on where it is too large or too slow; `refused` is then the reason."""
+
+    def __init__(self, receive: Receive, headers: Headers, rules: Rules) -> None:
+        self.refused: ApiError | None = None
+        self._receive, self._rules = receive, rules
+        self._count, self._whole = 0, False
+        self._deadline = asyncio.get_running_loop().time() + rules.body_seconds
         claimed = headers.get("content-length", "0")
         if claimed.isdigit() and int(claimed[:20]) > rules.body_bytes:
             raise _too_large(rules.body_bytes)
-        count, whole = 0, False
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + rules.body_seconds
 
-        async def bounded() -> Any:
-            nonlocal count, whole
-            if whole:
-                return await receive()  # a client that goes away
-            try:
-                message = await asyncio.wait_for(receive(), max(deadline - clock(), 0.001))
-            except asyncio.TimeoutError:
-                raise ApiError(408, f"expected a request within {rules.body_seconds:g} seconds, got a part") from None
-            count += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if count > rules.body_bytes:
-                raise _too_large(rules.body_bytes)
-            return message
+    async def receive(self) -> Message:
+        """The next part; behind the last, what becomes of the client. Raises ApiError."""
+        if self._whole:
+            return await self._receive()
+        left = self._deadline - asyncio.get_running_loop().time()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
+        except asyncio.TimeoutError:
+            seconds = self._rules.body_seconds
+            self.refused = ApiError(408, f"expected a request within {seconds:g} seconds, got a part of one")
+            raise self.refused from None
+        self._count += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._count > self._rules.body_bytes:
+            self.refused = _too_large(self._rules.body_bytes)
+            raise self.refused
+        return message
 
-        return bounded
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
 
 
 def _too_large(most: int) -> ApiError:

@@ -187,7 +187,7 @@ def _follow(pieces: Any, llm: SteeredLlama, ticket: Ticket, index: int) -> Answe
             except StopIteration as end:
                 answer: Answer = end.value
                 return answer
-            if piece.text:
+            if piece.text or piece.choice:
                 ticket.tell(Said(index, piece))
             ticket.turn(llm)
     finally:

@@ -1,6 +1,7 @@
 """Tools: how a model is told of them, and how a call is read from what it says.
 
-A model's own chat template tells it. What it answers with is one of two forms that models were trained on:
+A model's own chat template tells it. Models were trained to answer in one of two forms; either is read, since a small
+model told of the first may use the second:
 
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>     Qwen, Hermes; several may follow each other
     {"name": ..., "parameters": {...}}                           Llama; nothing else
@@ -20,7 +21,7 @@ from edge_steer.serve.fields import ChatRequest, NamedTool, Tool
 from edge_steer.serve.structured import schema_grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPEN}\s*(\{{.*?\}})\s*(?:{CLOSE}|\Z)", re.DOTALL)
+_TAG = re.compile(f"{OPEN}|{CLOSE}")
 
 
 @dataclass(frozen=True)
@@ -51,35 +52,42 @@ class ToolForm:
         return schema_grammar(schema, "tools", *((f"{OPEN}\n", f"\n{CLOSE}") if self.tagged else ("", "")))
 
     def split(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """What an answer says, and the tools that it calls."""
-        found: list[dict[str, Any]] = []
-        if self.tagged:
-            for match in _CALL.finditer(text):
-                found += self._call(match[1])
-            return (text[: text.index(OPEN)].strip() if found else text), found
-        found = self._call(text.strip())
-        return ("" if found else text), found
+        """What an answer says, and the tools that it calls: JSON objects behind its first tag, or all that it is."""
+        said, tag, rest = text.partition(OPEN)
+        calls = self._calls(_TAG.sub(" ", rest if tag else text))
+        return ((said.strip() if tag else "") if calls else text), calls
 
     def may_begin(self, text: str) -> int:
         """From which character on `text` may be a call, so that it is held back until it is known; its length if
         nowhere."""
-        if not self.tagged:
-            return 0 if text.lstrip().startswith("{") or not text.strip() else len(text)
+        if not text.strip() or text.lstrip().startswith("{"):
+            return 0
         if OPEN in text:
             return text.index(OPEN)
         return next((len(text) - n for n in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:n])), len(text))
 
-    def _call(self, text: str) -> list[dict[str, Any]]:
-        """The call that a JSON object makes, if it is one of a tool that there is."""
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            return []
+    def _calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls that JSON objects one after another make; none if anything else stands between or behind them."""
+        found: list[dict[str, Any]] = []
+        at, decoder = 0, json.JSONDecoder()
+        while rest := text[at:].lstrip():
+            try:
+                value, end = decoder.raw_decode(rest)
+            except (ValueError, RecursionError):
+                return []
+            at = len(text) - len(rest) + end
+            if not (call := self._call(value)):
+                return []
+            found.append(call)
+        return found
+
+    def _call(self, found: Any) -> dict[str, Any] | None:
+        """The call that a JSON value makes, if it is one of a tool that there is."""
         if not isinstance(found, dict) or found.get("name") not in [tool.function.name for tool in self.tools]:
-            return []
+            return None
         arguments = found.get("arguments", found.get("parameters", {}))
         function = {"name": found["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
-        return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}]
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def tool_form(request: ChatRequest, template: str | None) -> ToolForm | None:
