@@ -108,10 +108,10 @@ def make_app(knobs: Knobs, running: dict[str, Dials]) -> FastAPI:
 async def stream(knobs: Knobs, running: dict[str, Dials], answer: str) -> AsyncIterator[str]:
     def event(delta: dict[str, str], finish: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({'id': answer, 'choices': [choice], **more})}\n\n"
+        return f"data: {json.dumps({'id': answer, 'choices': [choice], 'steering': running[answer], **more})}\n\n"
 
     try:
-        yield event({"role": "assistant"}, steering=running[answer])
+        yield event({"role": "assistant", "content": ""})
         yield ": ping\n\n"
         words = knobs.text.split(" ") if knobs.text else [""] * knobs.words
         for said, word in enumerate(words):

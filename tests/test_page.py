@@ -258,7 +258,8 @@ def test_the_export_holds_texts_dials_and_where_they_moved(page: Page, knobs: Kn
     assert answer["steering"] == {"happy": 4.1, "formal": None}
     (move,) = answer["moves"]
     assert move["steering"] == {"happy": -3, "formal": None}
-    assert "happy-3" not in answer["text"][: move["at"]]
+    assert set(answer["text"][: move["at"]].split()) == {"happy4.1"}
+    assert set(answer["text"][move["at"] :].split()) == {"happy-3"}
     assert answer["sampling"]["seed"] == knobs.requests[0]["seed"]
     assert whole["messages"][-1] == {"role": "assistant", "content": answer["text"]}
 
@@ -297,28 +298,42 @@ def test_markdown_is_shown_and_html_is_text(page: Page, knobs: Knobs) -> None:
     assert (text.locator("a").last.get_attribute("rel") or "").split() == ["noopener", "noreferrer", "nofollow"]
 
 
-def test_a_move_within_markdown_breaks_none_of_it(page: Page) -> None:
-    source = "One.\n\n- item *two*\n- [a link](https://example.org/path)\n\n```py\ncode\n```\n\n1. first"
-    broken = page.evaluate(
+MARKED = "One.\n\n- item *two*\n- [a link](https://example.org/path)\n\n```py\ncode\n```\n\n1. first **bold** 中文"
+
+
+def test_a_move_within_markdown_stands_behind_what_was_said_and_breaks_nothing(page: Page) -> None:
+    before = page.evaluate(
         """async (source) => {
           const { renderMarkdown } = await import("/page/markdown.js");
           const shape = (moves) => {
             const root = document.createElement("div");
             renderMarkdown(root, source, moves, 0);
-            root.querySelectorAll(".moved").forEach((chip) => chip.remove());
-            root.querySelectorAll(".said").forEach((said) => said.replaceWith(...said.childNodes));
+            const chip = root.querySelector(".moved");
+            const range = document.createRange();
+            range.setStart(root, 0);
+            if (chip) range.setEndBefore(chip);
+            const said = range.toString();
+            chip?.remove();
+            root.querySelectorAll(".said").forEach((each) => each.replaceWith(...each.childNodes));
             root.normalize();
-            root.querySelectorAll("a").forEach((link) => link.href);
-            return root.innerHTML.replace(/\\s+/g, " ");
+            return [said, root.innerHTML];
           };
-          const whole = shape([]);
-          const places = [...Array(source.length + 1).keys()];
-          return places.filter((at) => shape([{ at, label: "−3°", tone: -1 }]) !== whole)
-            .map((at) => source.slice(0, at) + "|" + source.slice(at));
+          const [, whole] = shape([]);
+          return [...Array(source.length + 1).keys()].map((at) => {
+            const [said, html] = shape([{ at, label: "−3°", tone: -1 }]);
+            if (html !== whole) throw new Error(`broken at ${at}: ${html}`);
+            return said.replace(/\\s+/g, " ").trim();
+          });
         }""",
-        source,
+        MARKED,
     )
-    assert broken == []
+    for said_so_far, wanted in {
+        "": "", "On": "On", "One.": "One.", "\n\n- ": "One.", "item ": "One. item", "*tw": "One. item tw",
+        "- [a l": "One. item two a l", "cod": "One. item two a link cod", "1. fi": "One. item two a link code fi",
+        "**bol": "One. item two a link code first bol", "中": "One. item two a link code first bold 中",
+    }.items():  # fmt: skip
+        at = MARKED.index(said_so_far) + len(said_so_far)
+        assert before[at] == wanted, MARKED[:at]
 
 
 def test_nothing_in_the_page_is_inline_or_of_another_host() -> None:

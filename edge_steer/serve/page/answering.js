@@ -32,10 +32,7 @@ export function newVersion(compare) {
 /** Have the server say `answer` to `messages`; `changed` is called after every change of it. Never raises. */
 export async function say(answer, messages, changed) {
   const control = new AbortController();
-  const live = new LiveDials(
-    (steering) => { moved(answer, steering); changed(answer); },
-    (error) => notice(`The dial did not move: ${error.message}`),
-  );
+  const live = new LiveDials((error) => notice(`The dial did not move: ${error.message}`));
   running.set(answer, { control, live });
   try {
     await withRetries(answer, messages, changed, control.signal, live);
@@ -85,12 +82,11 @@ async function stream(answer, messages, changed, signal, live) {
       answer.id = chunk.id;
       if (chunk.steering) answer.steering = chunk.steering; // what the server really applied
       if (answer.kind === "steered") live.started(chunk.id, answer.steering);
-    } else if (chunk.steering) {
-      moved(answer, chunk.steering);
     }
     const choice = chunk.choices?.[0];
     const said = choice?.delta?.content ?? "";
     if (said) {
+      if (chunk.steering) saidAt(answer, chunk.steering);
       answer.text += said;
       answer.status = "talking";
       answer.tokens += 1;
@@ -103,10 +99,7 @@ async function stream(answer, messages, changed, signal, live) {
   }
 }
 
-/** From here on the answer is said at `steering`. */
-function moved(answer, steering) {
-  const at = answer.text.length;
-  if (answer.moves.at(-1)?.at === at) answer.moves.pop(); // nothing was said there
-  if (!same(answer.moves.at(-1)?.steering ?? answer.steering, steering)) answer.moves.push({ at, steering });
-  save();
+/** What comes now is said at `steering`: each chunk tells it, so a move stands before the very word it turned. */
+function saidAt(answer, steering) {
+  if (!same(answer.moves.at(-1)?.steering ?? answer.steering, steering)) answer.moves.push({ at: answer.text.length, steering });
 }

@@ -101,7 +101,7 @@ function connectDrawer() {
   $("drawer-open").onclick = () => {
     set(!document.body.classList.contains("drawer"));
     scrollToEnd(); // the drawer covers where the answer stood
-    if (!$("panel").inert) $("panel").querySelector("input[type=range], button")?.focus();
+    if (!$("panel").inert) ($("panel").querySelector("input[type=range]") ?? $("drawer-close")).focus();
   };
   $("drawer-close").onclick = () => { set(false); $("drawer-open").focus(); };
   narrow.onchange = () => set(false);

@@ -96,8 +96,8 @@ function scaleOf(steering, id) {
   };
   const connect = (dial, move) => {
     let dragged = false;
-    range.onpointerdown = () => (dragged = true);
-    range.onkeydown = () => (dragged = false);
+    range.onpointerdown = () => { dragged = true; };
+    range.onkeydown = () => { dragged = false; };
     range.oninput = () => {
       const value = Number(range.value);
       move({ on: true, value: dragged && Math.abs(value) < STICKY * far ? 0 : Number(value.toFixed(4)) });

@@ -20,9 +20,8 @@ export class LiveDials {
   #timer = 0;
   #busy = false;
 
-  /** moved(steering): the server has moved them. failed(error): it has not. */
-  constructor(moved, failed) {
-    this.moved = moved;
+  /** failed(error): the server has not moved them. That it has, the chunks of the answer tell. */
+  constructor(failed) {
     this.failed = failed;
   }
 
@@ -51,8 +50,7 @@ export class LiveDials {
     this.#busy = true;
     this.#sent = wanted;
     try {
-      const { steering } = await moveDials(this.#id, wanted);
-      if (this.#id !== null) this.moved(steering);
+      await moveDials(this.#id, wanted);
     } catch (error) {
       if (this.#id !== null && error.status !== 404) this.failed(error); // 404: the answer is over
     } finally {

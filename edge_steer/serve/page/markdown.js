@@ -1,14 +1,14 @@
 // A model's text as safe HTML, with the places marked at which the dial moved.
 //
 // The text is not trusted: HTML in it is shown as text, what marked makes of the rest is sanitized, images are not
-// loaded. A move is carried through the markdown as one private-use character and becomes a chip in the result.
+// loaded. A move stands at a place in the source; it is found in the result by counting letters, so that no mark can
+// break the markdown around it.
 
 import DOMPurify from "./vendor/purify.js";
 import { marked } from "./vendor/marked.js";
 import { h } from "./dom.js";
 
-const FIRST_MARK = 0xe000;
-const MARKS = /([\ue000-\uf8ff])/;
+const LETTER = /[\p{L}\p{N}]/u;
 const TAGS = [
   "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "strong",
   "table", "tbody", "td", "th", "thead", "tr", "ul",
@@ -24,52 +24,55 @@ marked.use({
   renderer: { html: ({ text }) => escape(text), image: ({ text }) => escape(text), checkbox: ({ checked }) => (checked ? "☑ " : "☐ ") },
 });
 
-/** Where in `text` a mark at `at` may stand without breaking markdown: behind the last word said before it. */
-function behindWord(text, at) {
-  const link = text.slice(0, at).match(/\S*(?:\]\(|:\/\/)\S*$/);
-  const before = text.slice(0, link ? link.index : at);
-  return before.length - before.match(/(?:\n[ \t]*\d+[.)])?[\s*_~`|#>+\-[\]()]*$/)[0].length;
-}
+const render = (text) => DOMPurify.sanitize(marked.parse(text), CLEAN);
 
 /** Fill `target` with `text`. moves: [{at, label, tone}] in order, each said from character `at` on. */
 export function renderMarkdown(target, text, moves, firstTone) {
-  const source = text.replace(/[\ue000-\uf8ff]/g, "\ufffd"); // nobody else may write our marks
-  let withMarks = "";
-  let done = 0;
-  moves.forEach(({ at }, index) => {
-    const place = Math.max(done, behindWord(source, at));
-    withMarks += source.slice(done, place) + String.fromCharCode(FIRST_MARK + (index % 6400));
-    done = place;
-  });
-  const fragment = DOMPurify.sanitize(marked.parse(withMarks + source.slice(done)), CLEAN);
+  const fragment = render(text);
   for (const link of fragment.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
   }
-  if (moves.length) markMoves(fragment, moves, firstTone);
+  if (moves.length) markMoves(fragment, moves.map((move) => ({ ...move, letters: lettersIn(text.slice(0, move.at)) })), firstTone);
   target.replaceChildren(fragment);
 }
 
-/** Replace the marks by chips, and underline what was said in the tone of its dial. */
+const counted = new Map(); // a text that was said does not change: each move's is counted once
+
+function lettersIn(text) {
+  if (!counted.has(text)) {
+    if (counted.size > 500) counted.clear();
+    counted.set(text, [...render(text).textContent].filter((c) => LETTER.test(c)).length);
+  }
+  return counted.get(text);
+}
+
+/** Put a chip where each move took place, and underline what was said in the tone of its dial. */
 function markMoves(fragment, moves, firstTone) {
   const walker = document.createTreeWalker(fragment, NodeFilter.SHOW_TEXT);
   const nodes = [];
   while (walker.nextNode()) nodes.push(walker.currentNode);
+  const left = [...moves];
+  let letters = 0;
   let tone = firstTone;
   for (const node of nodes) {
-    const pieces = node.data.split(MARKS).filter((piece) => piece !== "").map((piece) => {
-      const move = MARKS.test(piece) ? moves[piece.charCodeAt(0) - FIRST_MARK] : null;
-      if (move) tone = move.tone;
-      if (move) return move.label ? chip(move) : "";
-      return toned(piece, tone);
-    }).flat();
-    node.replaceWith(...pieces);
-  }
-  for (const element of fragment.querySelectorAll("[href], [title]")) {
-    for (const name of ["href", "title"]) {
-      if (MARKS.test(element.getAttribute(name) ?? "")) element.removeAttribute(name);
+    const pieces = [];
+    let piece = "";
+    for (const character of node.data) {
+      if (LETTER.test(character)) letters += 1;
+      while (left.length && letters > left[0].letters) {
+        const head = piece.trimEnd(); // the blank before a word belongs to it
+        pieces.push(...toned(head, tone));
+        piece = piece.slice(head.length);
+        if (left[0].label) pieces.push(chip(left[0]));
+        tone = left.shift().tone;
+      }
+      piece += character;
     }
+    node.replaceWith(...pieces, ...toned(piece, tone));
   }
+  const end = left.filter((move) => move.label).map(chip); // nothing was said since
+  (nodes.at(-1) ? fragment.lastElementChild : fragment)?.append(...end);
 }
 
 function toned(text, tone) {
