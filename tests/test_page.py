@@ -27,8 +27,9 @@ def browser() -> Iterator[Browser]:
         pytest.skip("no chromium to test the page in: install it, or name one by EDGE_STEER_BROWSER")
     with sync_api.sync_playwright() as playwright:
         # As root, as in a container, chromium starts without its sandbox only; it shows nothing but our own page.
-        with playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]) as started:
-            yield started
+        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="module")

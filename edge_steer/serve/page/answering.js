@@ -75,7 +75,7 @@ async function countDown(answer, error, changed, signal) {
 }
 
 async function stream(answer, messages, changed, signal, live) {
-  const started = performance.now();
+  let started = 0; // with the first word: waiting for a turn is not the model's speed
   const body = { messages, steering: answer.steering, stream_options: { include_usage: true }, ...answer.sampling };
   for await (const chunk of chat(body, signal)) {
     if (chunk.id && !answer.id) {
@@ -87,13 +87,14 @@ async function stream(answer, messages, changed, signal, live) {
     const said = choice?.delta?.content ?? "";
     if (said) {
       if (chunk.steering) saidAt(answer, chunk.steering);
+      started ||= performance.now();
       answer.text += said;
       answer.status = "talking";
       answer.tokens += 1;
     }
     answer.finish = choice?.finish_reason ?? answer.finish;
     answer.tokens = chunk.usage?.completion_tokens ?? answer.tokens;
-    answer.seconds = (performance.now() - started) / 1000;
+    if (started) answer.seconds = (performance.now() - started) / 1000;
     changed(answer);
     save();
   }

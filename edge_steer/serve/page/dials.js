@@ -3,7 +3,7 @@
 import { $, button, h } from "./dom.js";
 import { setTone } from "./markdown.js";
 import { save, state } from "./state.js";
-import { beyond, firstDial, isSwitch, reach, shown, spokenValue, step, tone } from "./steering.js";
+import { beyond, firstDial, isSwitch, most, reach, shown, spokenValue, step, tone } from "./steering.js";
 
 const STICKY = 0.025; // of the reach: a thumb dragged this near to 0 stays at 0
 
@@ -69,7 +69,7 @@ function card(steering, index, onmove) {
 /** Slider, number and ends of one steering. */
 function scaleOf(steering, id) {
   const range = h("input", { type: "range", id: `${id}-range`, "aria-label": `${steering.name}, ${endsOf(steering)}` });
-  const input = h("input", { type: "number", id: `${id}-number`, step: "any", "aria-label": `${steering.name}, number` });
+  const input = h("input", { type: "number", id: `${id}-number`, step: "any", min: -most(steering), max: most(steering), "aria-label": `${steering.name}, number` });
   const unit = h("span", { className: "unit", "aria-hidden": "true" }, steering.unit === "degrees" ? "°" : "");
   const track = h("div", { className: "track" }, h("div", { className: "rail" },
     h("div", { className: "safe" }), h("div", { className: "fill" }), h("div", { className: "over" }), h("div", { className: "zero" }),
@@ -86,10 +86,14 @@ function scaleOf(steering, id) {
     const place = (value) => `${(100 * (value + far)) / (2 * far)}%`;
     Object.assign(range, { min: -far, max: far, step: step(far), value: dial.value });
     range.setAttribute("aria-valuetext", spokenValue(steering, dial.on ? dial.value : null));
-    if (document.activeElement !== input) input.value = Number(dial.value.toFixed(2));
+    if (document.activeElement !== input) {
+      input.value = Number(dial.value.toFixed(2));
+      input.setAttribute("aria-invalid", "false");
+    }
     const known = steering.min !== null || steering.max !== null;
     const style = { "--from": place(steering.min ?? (known ? -far : 0)), "--to": place(steering.max ?? (known ? far : 0)), "--at": place(dial.value) };
     for (const [name, value] of Object.entries(style)) track.style.setProperty(name, value);
+    track.classList.toggle("crowded", (steering.max ?? far) - (steering.min ?? -far) < 0.5 * far); // its numbers would overlap
     const first = firstDial(steering).value;
     reset.textContent = `Reset to ${shown(steering, first)}`;
     reset.hidden = Math.abs(first - dial.value) < 1e-9;
@@ -102,7 +106,11 @@ function scaleOf(steering, id) {
       const value = Number(range.value);
       move({ on: true, value: dragged && Math.abs(value) < STICKY * far ? 0 : Number(value.toFixed(4)) });
     };
-    input.oninput = () => input.value !== "" && input.validity.valid && move({ on: true, value: Number(input.value) });
+    input.oninput = () => {
+      const valid = input.value !== "" && input.validity.valid;
+      input.setAttribute("aria-invalid", String(!valid));
+      if (valid) move({ on: true, value: Number(input.value) });
+    };
     input.onblur = () => paint(dial);
     low.onclick = () => move({ on: true, value: steering.min });
     high.onclick = () => move({ on: true, value: steering.max });

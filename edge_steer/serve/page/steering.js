@@ -21,6 +21,9 @@ export function spokenValue(steering, value) {
   return `${Number(value.toFixed(2))}${unit}${name ? `, ${name}` : ""}${warning}`;
 }
 
+/** The largest number that the server takes, either way. */
+export const most = (steering) => (steering.unit === "degrees" ? 360 : 1000);
+
 /** `ablation` has no number: it is on or off. */
 export const isSwitch = (steering) => steering?.operator === "ablation";
 

@@ -70,7 +70,7 @@ function answerOf(turn, answer, side, last, act) {
     root.dataset.status = answer.status;
     root.setAttribute("aria-busy", String(answer.status === "waiting" || answer.status === "talking"));
     chips.replaceChildren(...chipsOf(answer, pair));
-    if (answer.text) renderMarkdown(text, answer.text, movesOf(answer), toneOf(answer.steering));
+    if (answer.text) renderMarkdown(text, answer.text, movesOf(answer), toneOf(movedOnly(answer, answer.steering)));
     else text.replaceChildren(answer.status === "waiting" ? waitingSign(answer) : "");
     problem.hidden = !answer.problem;
     if (problem.dataset.shown !== answer.problem) {
@@ -99,7 +99,7 @@ function showFoot(foot, turn, answer, side, last, act) {
 }
 
 function buttonsOf(turn, answer, side, last, act) {
-  const parts = [button("Copy", () => copy(answer.text), { disabled: !answer.text })];
+  const parts = answer.text ? [button("Copy", () => copy(answer.text))] : [];
   const pair = versionOf(turn).length > 1;
   if (pair) {
     const chosen = turn.chosen === side;
@@ -155,16 +155,23 @@ function chipsOf(answer, pair) {
   return chips;
 }
 
+/** The dials of `steering` that moved in this answer: of those that stood still the text tells nothing. */
+function movedOnly(answer, steering) {
+  const moved = (name) => answer.moves.some((move) => move.steering[name] !== answer.steering[name]);
+  return Object.fromEntries(Object.entries(steering).filter(([name]) => moved(name)));
+}
+
 /** What to mark in the text: every move has its tone, and the last of a flurry its label. */
-function movesOf({ steering, moves }) {
-  let told = steering;
-  return moves.map((move, index) => {
-    const next = moves[index + 1];
-    if (next && next.at - move.at < CLOSE) return { at: move.at, label: "", tone: toneOf(move.steering) };
+function movesOf(answer) {
+  let told = answer.steering;
+  return answer.moves.map((move, index) => {
+    const next = answer.moves[index + 1];
+    const tone = toneOf(movedOnly(answer, move.steering));
+    if (next && next.at - move.at < CLOSE) return { at: move.at, label: "", tone };
     const changed = Object.keys(move.steering).filter((name) => move.steering[name] !== told[name]);
     const several = Object.keys(move.steering).length > 1;
     const label = changed.map((name) => (several ? `${name} ` : "") + shown(steeringOf(name), move.steering[name])).join(", ");
     told = move.steering;
-    return { at: move.at, label, tone: toneOf(move.steering) };
+    return { at: move.at, label, tone };
   });
 }
