@@ -124,6 +124,8 @@ def test_a_dial_switched_off_while_it_talks_leaves_the_rest_plain(page: Page, kn
 
 
 def test_a_number_beyond_the_safe_range_is_sent_and_warned_of(page: Page, knobs: Knobs) -> None:
+    page.get_by_label("happy, number").fill("9999")  # more than the server takes: the number before it holds
+    expect(page.get_by_label("happy, number")).to_have_attribute("aria-invalid", "true")
     turn(page, "happy", -20)
     expect(page.get_by_text("Beyond the safe range")).to_be_visible()
     answered(page)
@@ -151,11 +153,12 @@ def test_ablation_has_a_switch_and_no_slider(page: Page, knobs: Knobs, changed: 
     expect(answered(page).locator(".chip")).to_have_text(["happy on"])
 
 
-def test_without_a_measured_range_the_slider_still_turns(page: Page, knobs: Knobs) -> None:
+def test_without_a_measured_range_the_slider_still_turns(
+    context: BrowserContext, server: FakeServer, knobs: Knobs
+) -> None:
     knobs.steerings = [{**HAPPY, "default": None, "file_default": None, "min": None, "max": None, "description": ""}]
-    page.evaluate("sessionStorage.clear()")
-    page.goto("about:blank")
-    page.go_back()
+    page = context.new_page()
+    page.goto(server.url)
     expect(page.locator(".card")).to_contain_text("No safe range was measured")
     page.locator("#dial-0-range").focus()
     page.keyboard.press("ArrowRight")
@@ -376,6 +379,21 @@ def test_a_model_that_is_loading_is_waited_for(page: Page, knobs: Knobs) -> None
     expect(page.get_by_text("The model is loading")).to_be_visible()
     knobs.loading = False
     expect(page.get_by_text("The model is loading")).to_be_hidden()
+
+
+def test_the_server_itself_shows_the_page_while_the_model_loads() -> None:
+    from starlette.testclient import TestClient
+
+    from edge_steer.serve.app import Loading
+
+    client = TestClient(Loading())
+    assert client.get("/health").status_code == 503
+    index = client.get("/")
+    assert index.headers["content-security-policy"].startswith("default-src 'self'")
+    for path in ["page/app.js", "page/vendor/marked.js"]:
+        found = client.get(f"/{path}")
+        assert found.headers["content-type"].startswith("text/javascript")
+        assert found.headers["cache-control"] == "no-cache"
 
 
 def test_a_full_queue_is_told_and_tried_again(page: Page, knobs: Knobs) -> None:
