@@ -47,12 +47,13 @@ class Knobs:
     full: int = 0  # so many requests yet are answered by 503
     break_after: int | None = None  # words, then an error in the stream
     loading: bool = False
+    most_messages: int = 1000  # of a request; more than that have no room in the context
     requests: list[dict[str, Any]] = field(default_factory=list)
     moves: list[dict[str, Any]] = field(default_factory=list)
 
 
-def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    body = {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
+def error(status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None) -> JSONResponse:
+    body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
     return JSONResponse(body, status, headers)
 
 
@@ -92,6 +93,10 @@ def make_app(knobs: Knobs, running: dict[str, Dials]) -> FastAPI:
         if knobs.full > 0:
             knobs.full -= 1
             return error(503, "the queue is full", {"Retry-After": "1"})
+        if len(body["messages"]) > knobs.most_messages:
+            return error(400, "the prompt is longer than the context", code="context_length_exceeded")
+        if unknown := body["steering"].keys() - {each["name"] for each in knobs.steerings}:
+            return error(400, f"expected a steering that is loaded, got {unknown}")
         knobs.requests.append(body)
         answer = f"chatcmpl-{len(knobs.requests)}"
         running[answer] = dict(body["steering"])

@@ -286,6 +286,33 @@ def test_a_new_conversation_can_be_undone(page: Page, knobs: Knobs) -> None:
     expect(page.locator(ANSWER)).to_have_count(1)
 
 
+def test_a_prompt_that_got_no_answer_is_not_sent_again(page: Page, knobs: Knobs) -> None:
+    knobs.words, knobs.break_after = 2, 0
+    expect(answered(page, "One").get_by_role("alert")).to_be_visible()
+    knobs.break_after = None
+    answered(page, "Two")
+    assert knobs.requests[-1]["messages"] == [{"role": "user", "content": "Two"}]
+
+
+def test_past_a_full_context_the_oldest_turns_are_left_out_and_it_is_told(page: Page, knobs: Knobs) -> None:
+    knobs.words = 1
+    page.get_by_text("System prompt").first.click()
+    page.get_by_role("textbox", name="System prompt").fill("Be brief.")
+    for prompt in ("One", "Two"):
+        answered(page, prompt)
+    knobs.most_messages = 2
+    expect(answered(page, "Three")).to_contain_text("the 2 oldest turns left out: the context is full")
+    assert [each["content"] for each in knobs.requests[-1]["messages"]] == ["Be brief.", "Three"]
+
+
+def test_other_steerings_after_a_quick_restart_are_found_by_the_first_refusal(page: Page, knobs: Knobs) -> None:
+    knobs.steerings = [{**HAPPY, "name": "sunny"}]
+    ask(page, "Hello")
+    expect(page.locator(".card")).to_have_count(1)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".text")).to_contain_text("sunny4.1")
+
+
 # --- the text is not trusted ---------------------------------------------------------------------------------------
 
 
@@ -492,7 +519,9 @@ def test_a_narrow_phone_has_its_dials_in_a_drawer(page: Page, knobs: Knobs) -> N
     expect(slider).to_be_in_viewport()
     page.keyboard.press("Home")
     expect(page.locator(".text")).to_contain_text("happy-13")
-    expect(page.locator(".moved").last).to_be_in_viewport()
+    box = "(selector) => document.querySelector(selector).getBoundingClientRect()"
+    words, drawer = page.evaluate(f"['.foot', '#panel'].map({box})")
+    assert words["bottom"] <= drawer["top"], "the newest words are in sight above the drawer"
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     page.keyboard.press("Escape")  # stops
     page.keyboard.press("Escape")  # closes

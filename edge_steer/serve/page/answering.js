@@ -5,7 +5,7 @@ import { notice } from "./dom.js";
 import { check } from "./health.js";
 import { askKey } from "./key.js";
 import { LiveDials, same } from "./live.js";
-import { dialsNow, dialsOff, samplingNow, save } from "./state.js";
+import { dialsNow, dialsOff, samplingNow, save, withoutOldest } from "./state.js";
 
 const TRIES = 20; // while the queue is full
 
@@ -23,7 +23,7 @@ export function newVersion(compare) {
   const sampling = samplingNow();
   sampling.seed ??= crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000; // short enough to type
   const answer = (kind) => ({
-    kind, text: "", status: "waiting", note: "", problem: "", id: "", finish: "", tokens: 0, seconds: 0, moves: [], sampling,
+    kind, text: "", status: "waiting", note: "", problem: "", id: "", finish: "", tokens: 0, seconds: 0, moves: [], sampling, left_out: 0,
     steering: kind === "steered" ? dialsNow() : dialsOff(),
   });
   return (compare ? ["steered", "unsteered"] : ["steered"]).map(answer);
@@ -40,7 +40,7 @@ export async function say(answer, messages, changed) {
   } catch (error) {
     answer.status = error.name === "AbortError" ? "stopped" : "failed";
     if (answer.status === "failed") answer.problem = error.message;
-    if (answer.status === "failed" && error.status === 0) check();
+    if (answer.status === "failed" && [0, 400].includes(error.status)) check(true); // gone, or another since
   }
   live.over();
   running.delete(answer);
@@ -54,7 +54,11 @@ async function withRetries(answer, messages, changed, signal, live) {
     try {
       return await stream(answer, messages, changed, signal, live);
     } catch (error) {
-      if (error.status === 503 && tries < TRIES) await countDown(answer, error, changed, signal);
+      const fewer = error.code === "context_length_exceeded" ? withoutOldest(messages) : null;
+      if (fewer) {
+        messages = fewer;
+        answer.left_out += 1;
+      } else if (error.status === 503 && tries < TRIES) await countDown(answer, error, changed, signal);
       else if (error.status !== 401 || !(await askKey())) throw error;
       if (answer.kind === "steered") answer.steering = dialsNow(); // they may have moved while it waited
     }

@@ -9,10 +9,11 @@ export const key = {
 
 /** status 0: the server could not be reached, or the connection broke off. */
 export class ApiError extends Error {
-  constructor(message, status = 0, retryAfter = 0) {
+  constructor(message, status = 0, retryAfter = 0, code = null) {
     super(message.charAt(0).toUpperCase() + message.slice(1));
     this.status = status;
     this.retryAfter = retryAfter;
+    this.code = code;
   }
 }
 
@@ -57,14 +58,14 @@ async function send(path, body, signal) {
 
 async function errorOf(response) {
   const text = await response.text().catch(() => "");
-  let message = "";
+  let error;
   try {
-    message = JSON.parse(text).error.message;
+    error = JSON.parse(text).error;
   } catch {
-    message = text.slice(0, 200);
+    error = { message: text.slice(0, 200) };
   }
   const wait = Number(response.headers.get("Retry-After"));
-  return new ApiError(message || `HTTP ${response.status}`, response.status, wait > 0 ? wait : 0);
+  return new ApiError(error?.message || `HTTP ${response.status}`, response.status, wait > 0 ? wait : 0, error?.code);
 }
 
 async function* lines(stream) {

@@ -5,7 +5,7 @@ import { showDials } from "./dials.js";
 import { $, button, h, notice } from "./dom.js";
 import { watch } from "./health.js";
 import { showSettings } from "./settings.js";
-import { exported, messagesUpTo, save, saveNow, state } from "./state.js";
+import { exported, messagesFor, save, saveNow, state } from "./state.js";
 import { scrollToEnd, showAnswer, showTurns } from "./turns.js";
 
 const SAMPLES = ["Write one sentence about the sea.", "How was your day?", "What do you think about the future?"];
@@ -31,7 +31,7 @@ async function regenerate(turn) {
 }
 
 async function answer(turn) {
-  const messages = messagesUpTo(state.turns.indexOf(turn));
+  const messages = messagesFor(turn);
   const answers = turn.versions[turn.version];
   const all = Promise.all(answers.map((each) => say(each, messages, showAnswer)));
   act.show();

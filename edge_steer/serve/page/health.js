@@ -22,15 +22,15 @@ export function watch(onloaded) {
   check();
 }
 
-/** Ask now, as after a failed request. */
-export async function check() {
+/** Ask now, as after a failed request; `again`: read the steerings even if the server never seemed away. */
+export async function check(again = false) {
   clearTimeout(timer);
   const before = condition;
   const found = await ask();
   if (found !== "up") show(found);
-  else if (before !== "up" && before !== "locked") await load(before === "down");
+  else if (again || !["up", "locked"].includes(before)) await load(before === "down");
   clearTimeout(timer); // two checks may have run at once
-  timer = setTimeout(check, PERIOD[condition] ?? PERIOD.down);
+  timer = setTimeout(() => check(), PERIOD[condition] ?? PERIOD.down);
 }
 
 async function ask() {

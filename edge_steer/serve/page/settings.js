@@ -40,7 +40,10 @@ function field({ name, text, min, max, step, tells }) {
 
 function showTheme() {
   const root = document.documentElement;
-  const show = () => { $("theme").replaceChildren(h("span", {}, "Theme: "), root.dataset.theme); };
+  const show = () => {
+    $("theme").replaceChildren(h("span", { className: "sign", "aria-hidden": "true" }, "◐ "), h("span", {}, "Theme: "), root.dataset.theme);
+    $("theme").setAttribute("aria-label", `Theme: ${root.dataset.theme}`);
+  };
   $("theme").onclick = () => {
     root.dataset.theme = THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % THEMES.length];
     localStorage.setItem("edge-steer.theme", root.dataset.theme);

@@ -64,14 +64,22 @@ export const versionOf = (turn) => turn.versions[turn.version];
 /** The answer with which the conversation goes on. */
 export const chosenOf = (turn) => versionOf(turn)[Math.min(turn.chosen, versionOf(turn).length - 1)];
 
-/** What was said before turn `upto`, and its prompt, in OpenAI's form. */
-export function messagesUpTo(upto) {
-  const messages = state.system.trim() ? [{ role: "system", content: state.system }] : [];
-  state.turns.slice(0, upto + 1).forEach((turn, index) => {
-    messages.push({ role: "user", content: turn.prompt });
-    if (index < upto) messages.push({ role: "assistant", content: chosenOf(turn).text });
-  });
-  return messages;
+/** What was said before `turn`, and its prompt, in OpenAI's form. */
+export function messagesFor(turn) {
+  return [...saidBefore(state.turns.indexOf(turn)), { role: "user", content: turn.prompt }];
+}
+
+/** The first `count` turns; one that got no answer is left out, since templates want questions and answers in turn. */
+function saidBefore(count) {
+  const system = state.system.trim() ? [{ role: "system", content: state.system }] : [];
+  const said = state.turns.slice(0, count).filter((turn) => chosenOf(turn).text);
+  return [...system, ...said.flatMap((turn) => [{ role: "user", content: turn.prompt }, { role: "assistant", content: chosenOf(turn).text }])];
+}
+
+/** The same messages without the oldest question and its answer; null where there is none to leave out. */
+export function withoutOldest(messages) {
+  const first = messages.findIndex(({ role }) => role === "user");
+  return messages.length > first + 2 ? messages.toSpliced(first, 2) : null;
 }
 
 /** Everything that is needed to say it again: texts, dials and where they moved, seeds, sampling. */
@@ -81,10 +89,9 @@ export function exported() {
     continued_with: { version: turn.version, answer: turn.chosen },
     versions: turn.versions.map((answers) => answers.map(({ now, status, ...kept }) => ({ ...kept, status }))),
   }));
-  const last = state.turns.length - 1;
-  const messages = last < 0 ? messagesUpTo(-1) : [...messagesUpTo(last), { role: "assistant", content: chosenOf(state.turns[last]).text }];
   return {
     format: "edge-steer conversation", version: 1, date: new Date().toISOString(), model: state.model,
-    steerings: state.steerings, dials: dialsNow(), system: state.system, sampling: samplingNow(), messages, turns,
+    steerings: state.steerings, dials: dialsNow(), system: state.system, sampling: samplingNow(),
+    messages: saidBefore(state.turns.length), turns,
   };
 }

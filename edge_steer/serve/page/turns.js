@@ -118,12 +118,13 @@ function buttonsOf(turn, answer, side, last, act) {
   return parts;
 }
 
-function factsOf({ status, tokens, seconds, sampling, finish }) {
+function factsOf({ status, tokens, seconds, sampling, finish, left_out }) {
   if (!tokens) return status === "stopped" ? "Stopped" : "";
   const facts = [`${tokens} tokens`];
   if (seconds > 0.5) facts.push(`${(tokens / seconds).toFixed(1)}/s`);
   facts.push(`seed ${sampling.seed}`);
   if (status === "stopped") facts.push("stopped");
+  if (left_out) facts.push(`${left_out === 1 ? "the oldest turn" : `the ${left_out} oldest turns`} left out: the context is full`);
   if (finish === "length") facts.push("cut at max_tokens");
   return facts.join(" · ");
 }
