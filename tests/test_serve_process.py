@@ -213,6 +213,8 @@ def test_a_connection_that_never_finishes_asking_is_closed(monkeypatch: pytest.M
         server = uvicorn.Server(uvicorn.Config(Loading(), http=run.Protocol, lifespan="off", log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
+        while not server.started:
+            time.sleep(0.01)
         try:
             with socket.create_connection(listening.getsockname()) as connection:
                 connection.settimeout(10)
