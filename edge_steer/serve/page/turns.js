@@ -125,7 +125,7 @@ function factsOf({ status, tokens, seconds, sampling, finish, left_out }) {
   facts.push(`seed ${sampling.seed}`);
   if (status === "stopped") facts.push("stopped");
   if (left_out) facts.push(`${left_out === 1 ? "the oldest turn" : `the ${left_out} oldest turns`} left out: the context is full`);
-  if (finish === "length") facts.push("cut at max_tokens");
+  if (finish === "length") facts.push("cut at the limit");
   return facts.join(" · ");
 }
 
