@@ -77,8 +77,12 @@ def _print(steering: Steering) -> None:
         if math.isnan(steering.angle_min) and math.isnan(steering.angle_max)
         else f"{_shown(steering.angle_min, '+.4g')} … {_shown(steering.angle_max, '+.4g')}{unit}"
         + (", provisional; see `edge-steer sweep --write`" if steering.provisional else ""),
-        "made": f"{made.date[:10] or '–'} by the {made.recorder or 'unknown'} recorder from {made.positive_count} + "
-        f"{made.negative_count} prompts",
+        "made": f"{made.date[:10] or '–'} by "
+        + (
+            "combining steerings"
+            if made.recorder == "combine"
+            else f"the {made.recorder or 'unknown'} recorder from {made.positive_count} + {made.negative_count} prompts"
+        ),
     }
     if made.orthogonal_to:
         rows["without"] = f"what it shares with {', '.join(made.orthogonal_to)}"
