@@ -136,7 +136,8 @@ def _check_alike(named: Mapping[str, Steering]) -> Operator:
     if first.operator == "selective" and len(set().union(*streams.values())) > 1:
         raise SteerError(
             f"expected all at norms or all at layer_out, got {' and '.join(named)} at both: one dial does not suit "
-            f"both; use them side by side: {' '.join(f'-s {each}' for each in named)}"
+            f"both; calibrate them with the same --sites, or use them side by side: "
+            f"{' '.join(f'-s {each}' for each in named)}"
         )
     return first.operator
 
@@ -173,8 +174,8 @@ def _planes(
     angle, whole = np.linalg.norm(moved, axis=-1), turn.generator_norm()
     if (weak := angle <= CANCELLED * turn.size).any():
         raise NoEffectError(
-            f"{shown(parsed.text)} turns nothing at {sites[int(weak.argmax())]}, where the planes are turned against each "
-            "other; use the steerings side by side"
+            f"{shown(parsed.text)} turns nothing at {sites[int(weak.argmax())]}, where the planes are turned against "
+            "each other; use the steerings side by side"
         )
     held = angle / whole
     if held.min() < _HELD:

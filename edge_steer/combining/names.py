@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edge_steer.errors import SteerError, shown
 from edge_steer.runtime.dials import split_dial
+from edge_steer.sharing.find import find_steerings
 from edge_steer.steering import Steering
 
 
@@ -23,7 +24,7 @@ def bind_names(arguments: Sequence[str], model: str | None = None) -> tuple[dict
         if not equals or not given.isidentifier() or Path(split_dial(argument)[0]).is_file():
             given, file = "", argument
         path, dial = split_dial(file)
-        found = Steering.load_all(path)
+        found = find_steerings(path, model)
         if given and len(found) != 1:
             names = ", ".join(shown(each.name) for each in found[:5])
             raise SteerError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_steer.errors import SteerError
 from edge_steer.rotation import Action
+from edge_steer.sharing.find import find_steerings
 from edge_steer.steering import Steering
 
 SteeringLike = Steering | str | Path
@@ -91,7 +92,7 @@ def load_steerings(given: SteeringLike | Sequence[SteeringLike] | None) -> tuple
     several = [given] if isinstance(given, (Steering, str, Path)) else list(given)
     found: list[Steering] = []
     for each in several:
-        found += [each] if isinstance(each, Steering) else Steering.load_all(each)
+        found += [each] if isinstance(each, Steering) else find_steerings(each)
     names = [each.name for each in found]
     for name in names:
         if names.count(name) > 1:
@@ -130,16 +131,23 @@ def split_dial(argument: str) -> tuple[str, float | None]:
 
 
 def named_steerings(
-    arguments: Sequence[str], *, angle: float | None = None, strength: float | None = None
+    arguments: Sequence[str],
+    *,
+    angle: float | None = None,
+    strength: float | None = None,
+    model: str | Path | None = None,
 ) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
-    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default."""
+    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default.
+
+    model: whose measured steerings are meant by a name that is no file, see `find_steerings`.
+    """
     if angle is not None and strength is not None:
         raise SteerError("expected an angle or a strength, got both")
     steerings: list[Steering] = []
     dials: dict[str, float | None] = {}
     for argument in arguments:
         path, dial = split_dial(argument)
-        for each in Steering.load_all(path):
+        for each in find_steerings(path, model):
             steerings.append(each)
             if strength is not None:
                 dials[each.name] = each.at_strength(strength)
