@@ -10,13 +10,14 @@ import click
 
 from edge_steer.preset import load_preset, preset_names
 from edge_steer.prompts import PromptSet
-from edge_steer.sharing.shipped import shipped_names, shipped_packs
 
 EXAMPLES = 3
 COLUMNS = ("name", "positive", "negative", "pairs", "probes", "measured", "description")
 
 
 def _row(preset: PromptSet) -> dict[str, Any]:
+    from edge_steer.sharing.shipped import shipped_names, shipped_packs
+
     return {
         "name": preset.name,
         "positive": preset.positive_name,

@@ -50,7 +50,7 @@ def fetch_steerings(written: str) -> list[Steering]:
 def _fetch(address: HubAddress, file: str, most: int) -> Path:
     """The file in the hub's own cache. It is asked for its size before it is fetched."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     where = f"{file} of {address.repo} on the Hugging Face hub"
     with told_in_one_line(where, "or fetch the pack by hand and give -s PACK.zip/NAME"):
@@ -59,7 +59,7 @@ def _fetch(address: HubAddress, file: str, most: int) -> Path:
             size = get_hf_file_metadata(hf_hub_url(address.repo, file, revision=address.revision)).size
         except HfHubHTTPError:
             raise
-        except (OSError, RuntimeError):  # no connection: what is in the cache will do
+        except (HTTPError, OSError, RuntimeError):  # no connection: what is in the cache will do
             size, offline = None, True
         if size is None and not offline:
             raise FormatError(f"expected the size of {where}, got none; try again")

@@ -24,6 +24,8 @@ from edge_steer.sharing.card import (
     MOST_CARD,
     NAME,
     README,
+    Card,
+    CardEntry,
     card_fields,
     check_file,
     load_checked,
@@ -35,6 +37,11 @@ from edge_steer.whole_file import whole_file
 
 # The list of members that an archive ends in; a thousand of them, not a million that cost a gigabyte to list.
 _MOST_LIST = 1 << 18
+# What zipfile raises at an archive that is none; OSError where it says to look before its beginning.
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError, struct.error,
+    OverflowError,
+)  # fmt: skip
 _END = struct.Struct("<4s4H2LH")
 _SAME_DATE = (1980, 1, 1, 0, 0, 0)  # the same steerings make the same archive
 
@@ -107,26 +114,29 @@ def read_pack(path: Path, name: str | None = None) -> list[Steering]:
     Raises FormatError if it is no pack, or a file in it is not what its card says.
     """
     try:
-        with path.open("rb") as file:
-            _check_list(path, file)
-            with zipfile.ZipFile(file) as archive:
-                card = parse_card(_member(archive, CARD, MOST_CARD, path), str(path))
-                entry = card.choose(name, str(path))
-                data = _member(archive, entry.file, entry.size, path)
-    except (
-        zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error,
-        OverflowError,
-    ):  # fmt: skip
-        raise FormatError(
-            f"{path}: expected a pack made by `edge-steer pack`, got something else; fetch it again"
-        ) from None
+        file = path.open("rb")
     except OSError as error:
         raise SteerError(f"cannot read {path}: {error.strerror or error}; check the path") from None
+    with file:
+        entry, card, data = _read_entry(file, path, name)
     check_file(entry, data, str(path))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "steering.gguf"
         copy.write_bytes(data)
         return load_checked(card, entry, copy, str(path))
+
+
+def _read_entry(file: BinaryIO, path: Path, name: str | None) -> tuple[CardEntry, Card, bytes]:
+    try:
+        _check_list(path, file)
+        with zipfile.ZipFile(file) as archive:
+            card = parse_card(_member(archive, CARD, MOST_CARD, path), str(path))
+            entry = card.choose(name, str(path))
+            return entry, card, _member(archive, entry.file, entry.size, path)
+    except _BROKEN:
+        raise FormatError(
+            f"{path}: expected a pack made by `edge-steer pack`, got something else; fetch it again"
+        ) from None
 
 
 def _check_list(path: Path, file: BinaryIO) -> None:
