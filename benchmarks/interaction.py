@@ -1,4 +1,4 @@
-"""Two steerings at once: what each does alone, both side by side, and their sum as one steering, 2 × 2.
+"""Two steerings at once, 2 × 2: what each does alone, both side by side; and what `a + b` and `a ~ b` do.
 
     python benchmarks/interaction.py                       # two models, two pairs; some minutes each on one core
     python benchmarks/interaction.py --page                # only write the page from what is kept
@@ -20,7 +20,7 @@ import click
 from effects import held_out_passages, held_out_probes, open_steered
 from page import write_part
 
-from edge_steer import SteeredLlama, SteerError, combine
+from edge_steer import SteerError, combine
 from edge_steer.measure.divergence import Divergence
 from edge_steer.measure.metrics import probe_gaps
 from edge_steer.sharing.find import find_steerings
@@ -29,7 +29,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "composing.md"
 MODELS = "smollm2-135m,qwen2.5-coder-0.5b"
 PAIRS = "sentiment+warmth,sentiment+formality"
 PROBES = 12
-SUM = "sum"
+MADE = {"sum": "+", "without": "~"}
 Cell = dict[str, Any]
 
 
@@ -45,53 +45,53 @@ def main(models: str, pairs: str, work: str, threads: int, page: bool) -> None:
     for model in models.split(","):
         for pair in pairs.split(","):
             file = Path(work) / model / f"{pair}.json"
-            if not page and not file.exists():
-                found = measure(model, pair.split("+"), threads)
+            if not page:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(found, indent=1))
+                measure(model, pair.split("+"), threads, file)
             if file.exists():
                 cells.append((model, json.loads(file.read_text())))
     write_part(PAGE, "interaction.py", section(cells))
 
 
-def measure(model: str, pair: list[str], threads: int) -> Cell:
-    """The change of both presets' probe gaps and the divergence on neutral text, under each of the settings."""
+def measure(model: str, pair: list[str], threads: int, file: Path) -> None:
+    """The change of both presets' probe gaps and the divergence on neutral text, under each setting `file` lacks."""
+    found: Cell = json.loads(file.read_text()) if file.exists() else {"pair": pair, "settings": {}}
     one, other = (find_steerings(name, model)[0] for name in pair)
-    steerings = [one, other]
-    try:
-        steerings.append(combine(" + ".join(pair), [one, other], name=SUM))
-    except SteerError as error:
-        print(f"{model}, {'+'.join(pair)}: no sum: {error}", file=sys.stderr, flush=True)
-    settings = {"first": [one.name], "second": [other.name], "both": [one.name, other.name]}
-    settings |= {SUM: [SUM]} if len(steerings) == 3 else {}
+    settings = {"first": [one], "second": [other], "both": [one, other]}
+    for name, sign in MADE.items():
+        try:
+            settings[name] = [combine(f"{pair[0]} {sign} {pair[1]}", [one, other], name=name)]
+        except SteerError as error:
+            print(f"{model}, {'+'.join(pair)}, {name} is left out: {error}", file=sys.stderr, flush=True)
+    missing = {name: on for name, on in settings.items() if name not in found["settings"]}
+    if not missing:
+        return
+    steerings = {each.name: each for on in missing.values() for each in on}
     run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
-    found: Cell = {"pair": pair, "dials": {each.name: each.default_dial() for each in steerings}, "settings": {}}
-    with closing(open_steered(model, steerings, run)) as llm:
+    with closing(open_steered(model, list(steerings.values()), run)) as llm:
         divergence = Divergence(llm, held_out_passages())
-        set_dials(llm, [])
+        llm.angles.update(dict.fromkeys(llm.angles))
         off = {preset: probe_gaps(llm, held_out_probes(preset, PROBES)) for preset in pair}
-        for name, on in settings.items():
-            set_dials(llm, on)
-            cell: Cell = {"kl": divergence.now()}
+        for name, on in missing.items():
+            llm.angles.update(dict.fromkeys(llm.angles) | {each.name: each.default_dial() for each in on})
+            cell: Cell = {"kl": divergence.now(), "dials": {each.name: each.default_dial() for each in on}}
             for preset in pair:
                 change = probe_gaps(llm, held_out_probes(preset, PROBES)) - off[preset]
                 cell[preset] = [float(change.mean()), float(change.std(ddof=1) / math.sqrt(len(change)))]
             found["settings"][name] = cell
+            file.write_text(json.dumps(found, indent=1))
             print(f"{model}, {'+'.join(pair)}, {name}: {cell}", file=sys.stderr, flush=True)
-    return found
-
-
-def set_dials(llm: SteeredLlama, on: list[str]) -> None:
-    """These steerings at their defaults, all others off."""
-    llm.angles.update(dict.fromkeys(llm.angles))
-    for each in llm.steerings:
-        if each.name in on:
-            llm.angles[each.name] = each.default_dial()
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-TITLES = {"first": "{0}", "second": "{1}", "both": "{0} and {1}, side by side", SUM: "{0} + {1} as one steering"}
+TITLES = {
+    "first": "{0}",
+    "second": "{1}",
+    "both": "{0} and {1}, side by side",
+    "sum": "`{0} + {1}`",
+    "without": "`{0} ~ {1}`",
+}
 
 
 def section(cells: list[tuple[str, Cell]]) -> str:

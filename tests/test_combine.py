@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from planted import random_steering
 from tiny import build
 
-from edge_steer import MismatchError, NoEffectError, SteeredLlama, SteerError, Steering, combine
+from edge_steer import MismatchError, NoEffectError, SteeredLlama, SteerError, Steering, combine, find_steerings
 from edge_steer.provenance import BaseModel
 from edge_steer.rotation import TurnBy, orthonormal
+from edge_steer.runtime.dials import named_steerings
 from edge_steer.sites import Site
 from edge_steer.steering import save_all
 
@@ -203,6 +204,26 @@ def test_the_result_says_what_it_is_and_claims_no_range(tmp_path: Path) -> None:
     assert Steering.load(tmp_path / "made.gguf").fingerprint == made.fingerprint
     with pytest.raises(SteerError, match="sweep --write"):
         made.at_strength(1)
+
+
+def test_an_expression_stands_for_a_steering_where_there_is_no_such_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    A.save("a.gguf")
+    B.save("b.gguf")
+    (found,), dials = named_steerings(["a - 0.5*b:3"])
+    assert found.fingerprint == combine("a - 0.5*b", [A, B]).fingerprint
+    assert dials == {"a - 0.5*b": 3}
+    assert named_steerings(["a - 0.5*b"])[1] == {"a - 0.5*b": found.angle}
+    C.save("a - 0.5*b")
+    assert find_steerings("a - 0.5*b")[0].name == "c"
+    for missing in ("a - 0.5*d", "gone/x.gguf", "~/gone.gguf", "a+gone.gguf", "a +"):
+        with pytest.raises(SteerError, match=r"[Nn]o such file"):
+            find_steerings(missing)
+    save_all([A, B], "d.gguf")
+    with pytest.raises(SteerError, match=r"expected one steering in d.gguf"):
+        find_steerings("2*d")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
