@@ -15,12 +15,15 @@ from typing import Any
 
 import click
 from effects import BUDGET, MODELS, OURS
+from page import write_part
 
 from edge_steer.preset import preset_names
 from edge_steer.registry import entry
 from edge_steer.sharing.pack import write_pack
+from edge_steer.sharing.shipped import shipped_packs
 from edge_steer.steering import Steering
 
+PAGE = Path(__file__).parent.parent / "docs" / "packs.md"
 PLACE = Path(__file__).parent.parent / "models" / "steerings"
 # https://ai.google.dev/gemma/terms, 3.1: what is made of Gemma's weights is passed on with this notice.
 LICENCES = {
@@ -46,8 +49,19 @@ def main(models: str, work: str) -> None:
         if found:
             licence = entry(model).licence
             write_pack(found, PLACE / model, licence=LICENCES.get(licence, licence), results=results, force=True)
-        size = sum(file.stat().st_size for file in (PLACE / model).glob("*"))
-        click.echo(f"{model}: {len(found)} steerings, {size / 1e3:.0f} kB: {', '.join(each.name for each in found)}")
+    write_part(PAGE, "shipped_set.py", table())
+
+
+def table() -> str:
+    """What ships, by model, and how large it is."""
+    lines, total = ["| model | measured | size |", "|---|---|---:|"], 0
+    for model, card in shipped_packs().items():
+        names = ", ".join(f"`{each.name}`" for each in card.entries)
+        size = sum(file.stat().st_size for file in (PLACE / model).iterdir())
+        lines.append(f"| {model} | {names} | {size / 1e3:.0f} kB |")
+        total += size
+    click.echo("\n".join(lines))
+    return "\n".join([*lines, f"| all | | {total / 1e6:.1f} MB |"])
 
 
 def default_steering(folder: Path, name: str) -> Steering | None:
