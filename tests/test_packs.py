@@ -502,6 +502,7 @@ def test_the_verb_packs_files_and_folders_and_the_pack_steers(tmp_path: Path) ->
     angles = [json.loads(each)["angle"] for each in answers]
     assert angles == [None, 20, 20, 40]
     assert json.loads(answers[1])["text"] == json.loads(answers[2])["text"]
+    assert "one" in ran("inspect", f"{out}/one").stdout
     ran("pack", tmp_path / "set" / "one.gguf", "-o", tmp_path / "folder")
     assert (tmp_path / "folder" / "card.json").is_file()
 

@@ -119,10 +119,13 @@ def _print(steering: Steering) -> None:
 @click.option("--plot", metavar="PNG", help="Also draw separation, mask and mean norm by layer.")
 @options.force_option
 def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
-    """Show what a steering file holds, layer by layer."""
-    from edge_steer.steering import Steering
+    """Show what a steering file holds, layer by layer.
 
-    steerings = Steering.load_all(file)
+    FILE may be PACK.zip/NAME or hub:USER/REPO/NAME too.
+    """
+    from edge_steer.sharing.find import find_steerings
+
+    steerings = find_steerings(file)
     if plot is not None:
         from edge_steer.sweep.layer_plot import plot_layers
 

@@ -62,7 +62,9 @@ def combine(
     turn = evaluate(parsed, {key: turn_of(each, dials[key], sites) for key, each in named.items()})
 
     norms = _mean_norms(named.values(), sites)
-    length = np.linalg.norm(turn.sum, axis=-1) / (norms if operator == "addition" else 1.0)
+    length = np.linalg.norm(turn.sum, axis=-1)
+    if operator == "addition":
+        length = np.divide(length, norms, out=np.zeros_like(length), where=norms > 0)
     kept = _kept(parsed, length, operator, sites, note)
     turn, norms, length = turn.at(kept), norms[kept], length[kept]
     sites = tuple(sites[number] for number in kept)
@@ -72,28 +74,31 @@ def combine(
         norms = norms * length / dial  # what a dial of 1 adds at the site: so each gets its own share, exactly
     else:
         basis, dial = _planes(parsed, turn, u, sites, note), float(length.mean())
-    planes, site_plane = _distinct(basis.astype(np.float32))
-    base = named[parsed.names[0]].base
-    return Steering(
+    made = _steering(named[parsed.names[0]], sites, basis, norms)
+    return made.with_(
         name=parsed.text[:MAX_NAME] if name is None else name,
-        operator=operator,
+        description=_description(parsed, dials),
+        positive=parsed.text,
+        negative="its opposite",
+        angle=dial,
+    )
+
+
+def _steering(first: Steering, sites: tuple[Site, ...], basis: Float64, norms: Float64) -> Steering:
+    """A steering of these planes, for the model and of the operator of `first`."""
+    planes, site_plane = _distinct(basis.astype(np.float32))
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Steering(
+        name=RECORDER,
+        operator=first.operator,
         plane="shared" if len(planes) == 1 else "local",
         sites=sites,
         mask=np.ones(len(sites), np.bool_),
         site_plane=site_plane,
         basis=planes,
-        base=base,
+        base=first.base,
         mean_norm=norms.astype(np.float32),
-        description=_description(parsed, dials),
-        positive=parsed.text,
-        negative="its opposite",
-        angle=dial,
-        made=Made(
-            recorder=RECORDER,
-            model=base.name,
-            version=__version__,
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        ),
+        made=Made(recorder=RECORDER, model=first.base.name, version=__version__, date=date),
     )
 
 
