@@ -142,3 +142,11 @@ bench-quality *args:
 # Effects, texts and crossed presets on four models, the 1.5B among them: the first part of docs/results.md (hours; resumes)
 bench-effects *args:
     {{python}} benchmarks/effects.py {{args}}
+
+# Two steerings at once: what each does alone, both, and combined; the tables of docs/composing.md (resumes)
+bench-interaction *args:
+    {{python}} benchmarks/interaction.py {{args}}
+
+# The measured steerings that ship, of what bench-effects has calibrated
+shipped-set *args:
+    {{python}} benchmarks/shipped_set.py {{args}}
