@@ -1,0 +1,175 @@
+"""The field `steering` of a request, the dials in a model's name, and the list of what may stand there.
+
+A request names steerings that the server holds, never a file. Dials are the steering's own unit; None is off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edge_steer.errors import SteerError, shown
+from edge_steer.steering import Steering
+
+Dial = float | None
+FIELD = "steering"
+OFF = "off"
+_LONGEST = 2000  # characters of a text of dials
+# No dial means more than these, and what float32 makes infinite is far beyond.
+_LARGEST = {"degrees": 360.0, "coefficient": 1000.0}
+_FORMS = 'expected dials such as {"happy": 8}, {"happy": {"strength": 0.5}} or "happy:8,formal:-4"'
+
+
+class BadRequest(ValueError):
+    """A field of a request cannot be taken; `param` is its name."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+
+
+def parse_steering(value: Any, steerings: Sequence[Steering], param: str = FIELD) -> dict[str, Dial]:
+    """The dial of every steering, in order; one that `value` does not name is off.
+
+    value: an object, a text such as "happy:8,formal" (a name alone stands at its file's default), "", "off" or None.
+    Raises BadRequest where it names what is not there, or a dial that cannot be set.
+    """
+    return {**{each.name: None for each in steerings}, **parse_named(value, steerings, param)}
+
+
+def parse_named(value: Any, steerings: Sequence[Steering], param: str = FIELD) -> dict[str, Dial]:
+    """As parse_steering, of the steerings that `value` names alone; "off" and None name all."""
+    by_name = {each.name: each for each in steerings}
+    match value:
+        case None:
+            return dict.fromkeys(by_name)
+        case str():
+            return _from_text(value, by_name, param)
+        case dict():
+            return {name: _dial(given, _find(name, by_name, param), param) for name, given in value.items()}
+    raise BadRequest(param, f"{_FORMS}, got {shown(value)}")
+
+
+def parse_alias(
+    model: str, steerings: Sequence[Steering], served: str | None = None
+) -> tuple[str, dict[str, Dial] | None]:
+    """ "MODEL@happy:8" as the model and the dials, which are None where the name holds none.
+
+    served: the model's own name, which may hold an @. "MODEL@off" and "MODEL@" are all off.
+    """
+    if model == served or "@" not in model:
+        return model, None
+    if served is not None and model.startswith(f"{served}@"):
+        base, dials = served, model.removeprefix(f"{served}@")
+    else:
+        base, _, dials = model.rpartition("@")
+    return base, parse_steering(dials, steerings, "model")
+
+
+def aliases(model: str, steerings: Sequence[Steering]) -> list[str]:
+    """Names of the model with dials: all off, and each steering at half and at the whole of its range, either way."""
+    found = [f"{model}@{OFF}"] if steerings else []
+    for each in steerings:
+        if "," in each.name:  # a text of dials could not name it
+            continue
+        if each.operator == "ablation":
+            found.append(f"{model}@{each.name}")
+            continue
+        low, high = each.angle_min, each.angle_max
+        stops = (low, low / 2, high / 2, high)
+        dials = dict.fromkeys(f"{stop:.4g}" for stop in stops if not math.isnan(stop) and stop)
+        found += [f"{model}@{each.name}:{dial}" for dial in dials]
+    return found
+
+
+def describe(steerings: Sequence[Steering], dials: Mapping[str, Dial], model: str = "") -> dict[str, Any]:
+    """The body of GET /v1/steering. dials: where the steerings stand for a request that names none."""
+    return {"model": model, "unit": None, "steerings": [_described(each, dials.get(each.name)) for each in steerings]}
+
+
+def rounded(dial: Dial) -> Dial:
+    """A dial as people read it: a file's float32 holds further digits, which are no one's."""
+    return None if dial is None or math.isnan(dial) else float(f"{dial:.6g}")
+
+
+def _described(steering: Steering, dial: Dial) -> dict[str, Any]:
+    return {
+        "name": steering.name,
+        "description": steering.description,
+        "negative_name": "" if steering.negative == "negative" else steering.negative,
+        "positive_name": "" if steering.positive == "positive" else steering.positive,
+        "unit": _unit(steering),
+        "operator": steering.operator,
+        "default": rounded(dial),
+        "file_default": rounded(steering.default_dial()) if steering.has_default else None,
+        "min": rounded(steering.angle_min),
+        "max": rounded(steering.angle_max),
+        "provisional": steering.provisional,
+    }
+
+
+def _unit(steering: Steering) -> str:
+    return "degrees" if steering.operator in ("selective", "standard", "adaptive") else "coefficient"
+
+
+def _from_text(text: str, by_name: Mapping[str, Steering], param: str) -> dict[str, Dial]:
+    if len(text) > _LONGEST:
+        raise BadRequest(param, f"expected at most {_LONGEST} characters of dials, got {len(text)}")
+    if not text.strip() or (text.strip() == OFF and OFF not in by_name):
+        return dict.fromkeys(by_name)
+    found: dict[str, Dial] = {}
+    for part in map(str.strip, text.split(",")):
+        name, colon, number = (part, "", "") if part in by_name else part.rpartition(":")
+        steering = _find(name.strip() if colon else part, by_name, param)
+        if steering.name in found:
+            raise BadRequest(param, f"expected {shown(steering.name)} once, got it twice")
+        found[steering.name] = _number(number, steering, param) if colon else _default(steering, param)
+    return found
+
+
+def _find(name: str, by_name: Mapping[str, Steering], param: str) -> Steering:
+    if name not in by_name:
+        raise BadRequest(param, f"expected a steering among {', '.join(by_name) or '(none)'}, got {shown(name)}")
+    return by_name[name]
+
+
+def _dial(given: Any, steering: Steering, param: str) -> Dial:
+    match given:
+        case None:
+            return None
+        case {"strength": strength} if len(given) == 1:
+            return _at_strength(strength, steering, param)
+        case bool() | dict() | list() | str():
+            raise BadRequest(param, f"{_FORMS}, got {shown(given)} for {shown(steering.name)}")
+    return _number(given, steering, param)
+
+
+def _number(given: Any, steering: Steering, param: str) -> float:
+    unit = _unit(steering)
+    most = _LARGEST[unit]
+    try:
+        dial = float(given)
+    except (ValueError, OverflowError):
+        dial = math.nan
+    if not -most <= dial <= most:  # nor NaN
+        wanted = f"a number from {-most:g} to {most:g} ({unit})"
+        raise BadRequest(param, f"expected {wanted} for {shown(steering.name)}, got {shown(given)}")
+    return dial
+
+
+def _at_strength(strength: Any, steering: Steering, param: str) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise BadRequest(param, f"expected a strength from -1 to 1 for {shown(steering.name)}, got {shown(strength)}")
+    try:
+        return steering.at_strength(strength)
+    except SteerError as error:
+        raise BadRequest(param, str(error)) from None
+
+
+def _default(steering: Steering, param: str) -> float:
+    try:
+        return steering.default_dial()
+    except SteerError as error:
+        raise BadRequest(param, str(error)) from None
