@@ -43,7 +43,8 @@ from edge_steer.measure.metrics import log_softmax, probe_gaps
 from edge_steer.measure.text_quality import repetition
 from edge_steer.preset import PRESETS, load_preset, neutral_passages, preset_names
 from edge_steer.prompts import Probe
-from edge_steer.runtime.chat import Sampling, generate_answer
+from edge_steer.runtime.answer import Sampling
+from edge_steer.runtime.chat import generate_answer
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 

@@ -17,7 +17,8 @@ import tiny
 
 from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
-from edge_steer.runtime.chat import Answer, Chat, Sampling, stream_answer
+from edge_steer.runtime.answer import Answer, Sampling
+from edge_steer.runtime.chat import Chat, stream_answer
 from edge_steer.runtime.hooked_llama import Message
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.repl import Repl

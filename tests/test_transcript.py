@@ -17,7 +17,8 @@ import tiny
 
 from edge_steer.errors import FormatError, SteerError
 from edge_steer.runtime import rpc
-from edge_steer.runtime.chat import Chat, Sampling
+from edge_steer.runtime.answer import Sampling
+from edge_steer.runtime.chat import Chat
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.transcript import read_transcript, save_beside
 

@@ -12,7 +12,8 @@ from llama_cpp import Llama
 from timing.decoding import Contexts
 from timing.rounds import Row
 
-from edge_steer.runtime.chat import Sampling, stream_answer
+from edge_steer.runtime.answer import Sampling
+from edge_steer.runtime.chat import stream_answer
 
 METRICS = {"token": "tokens/s"}
 TOKENS = 128

@@ -79,7 +79,8 @@ def _print_answers(llm: SteeredLlama, dials: Sequence[tuple[float | None, str]],
     import shutil
     import textwrap
 
-    from edge_steer.runtime.chat import Sampling, generate_answer
+    from edge_steer.runtime.answer import Sampling
+    from edge_steer.runtime.chat import generate_answer
 
     sampling = Sampling(max_tokens=LONGEST, seed=seed)
     width = min(100, shutil.get_terminal_size().columns)

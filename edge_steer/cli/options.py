@@ -13,8 +13,8 @@ from edge_steer.cli.numbers import COUNT, GPU_LAYERS, SEED, THREADS, FiniteRange
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edge_steer.runtime.answer import Sampling
     from edge_steer.runtime.cache import Scope
-    from edge_steer.runtime.chat import Sampling
     from edge_steer.runtime.engines import EngineName
     from edge_steer.runtime.llama import SteeredLlama
 
@@ -263,6 +263,6 @@ def sampling(
     *, max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, repeat_penalty: float, seed: int
 ) -> Sampling:
     """The sampling options as one value."""
-    from edge_steer.runtime.chat import Sampling
+    from edge_steer.runtime.answer import Sampling
 
     return Sampling(temperature, top_p, top_k, min_p, repeat_penalty, max_tokens, seed)

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from edge_steer.errors import SteerError
+from edge_steer.runtime.answer import Answer, Sampling, check_room, stream_pieces
 from edge_steer.runtime.hooked_llama import Message
 from edge_steer.runtime.llama import SteeredLlama
 
 # A plain chat parts its turns by blank lines; a base model would go on to ask the next question itself.
 PLAIN_STOP = "\n\n"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. temperature 0 is greedy; max_tokens is per answer."""
-
-    temperature: float = 0.0
-    top_p: float = 0.95
-    top_k: int = 40
-    min_p: float = 0.05
-    repeat_penalty: float = 1.1
-    max_tokens: int = 256
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer and what it cost. `generated_tokens` counts no end-of-answer token; `seconds` run from the first
-    token to the last, so that the prompt is not in them."""
-
-    text: str
-    prompt_tokens: int
-    generated_tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return (self.generated_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
 
 
 def silent(_: str) -> None:
@@ -51,45 +21,23 @@ def silent(_: str) -> None:
 def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling) -> Generator[str, None, Answer]:
     """Yields the answer to a chat piece by piece; returns it whole. Closing the generator stops it.
 
-    Blanks at its head are left out: a template that ends without a space leaves it to the model.
     Raises SteerError if the prompt fills the context.
     """
-    prompt = llm.chat_tokens(messages)
-    _check_room(llm, prompt)
-    stop = PLAIN_STOP if llm.chat_template.is_plain else None
-    most = min(sampling.max_tokens, llm.n_ctx() - len(prompt))
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text, shown = "", 0
-    count, first, last = 0, 0.0, 0.0
-    llm.set_seed(sampling.seed)
-    tokens = llm.generate(
-        prompt, temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
-        repeat_penalty=sampling.repeat_penalty,
-    )  # fmt: skip
-    with closing(tokens):
-        for token in tokens:
-            piece = llm.piece(token)
-            if piece is None:
-                break
-            last = time.perf_counter()
-            first = first or last
-            count += 1
-            text += decoder.decode(piece)
-            if not shown:
-                text = text.lstrip()
-            if stop and stop in text:
-                text = text[: text.index(stop)]
-                break
-            ready = len(text) - (_begun(text, stop) if stop else 0)
-            if ready > shown:
-                yield text[shown:ready]
-                shown = ready
-            if count == most:
-                break
-    text += decoder.decode(b"", final=True)
-    if len(text) > shown:
-        yield text[shown:]
-    return Answer(text, len(prompt), count, last - first)
+    pieces = stream_pieces(llm, llm.chat_tokens(messages), chat_sampling(llm, sampling), strip=True)
+    with closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+            if piece.text:
+                yield piece.text
+
+
+def chat_sampling(llm: SteeredLlama, sampling: Sampling) -> Sampling:
+    """`sampling` for a chat: a plain one ends its answer at a blank line."""
+    return replace(sampling, stop=(*sampling.stop, PLAIN_STOP)) if llm.chat_template.is_plain else sampling
 
 
 def generate_answer(
@@ -104,18 +52,6 @@ def generate_answer(
             except StopIteration as end:
                 found: Answer = end.value
                 return found
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _check_room(llm: SteeredLlama, prompt: Sequence[int]) -> None:
-    if len(prompt) >= llm.n_ctx():
-        raise SteerError(
-            f"expected a prompt of less than {llm.n_ctx()} tokens, the context, got {len(prompt)}; {llm.longer()}"
-        )
 
 
 @dataclass
@@ -168,7 +104,7 @@ class Chat:
     def _make_room(self, user: Message) -> None:
         """Drop the oldest turns until `user` and an answer fit. Raises SteerError if they never will."""
         n_ctx = self.llm.n_ctx()
-        _check_room(self.llm, self.llm.chat_tokens([*self._head(), user]))
+        check_room(self.llm, self.llm.chat_tokens([*self._head(), user]))
         room = n_ctx - min(self.sampling.max_tokens, n_ctx // 4)
         before = len(self.turns)
         while self.turns and len(self.llm.chat_tokens([*self.messages(), user])) > room:

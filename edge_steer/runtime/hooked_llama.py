@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import llama_cpp
+import numpy as np
 from llama_cpp import Llama
+from numpy.typing import NDArray
 
 from edge_steer import compatibility
 from edge_steer.chat_template import ChatTemplate
@@ -202,6 +204,10 @@ class HookedLlama(Llama):  # type: ignore[misc]
             return super()._init_sampler(**how, **charges, logits_processor=logits_processor, grammar=grammar)
         greedy = grammar is None and how.get("temp") == 0
         return Sampler(self._n_vocab, penalties, None if greedy else super()._init_sampler(**how, grammar=grammar))
+
+    def last_logits(self) -> NDArray[np.float32]:
+        """The logits (vocabulary,) that the next token is chosen by, or the latest was: a copy."""
+        return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,)), np.float32)
 
     # --- the hook ---------------------------------------------------------------------------------------------
 

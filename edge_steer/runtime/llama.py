@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ from edge_steer.runtime.rpc import check_servers
 
 Stream = Generator[int, Sequence[int] | None, None]
 Actions = tuple[Action | None, ...]  # of the steerings, in their order; None is off
+
+
+class Cancelled(Exception):
+    """An evaluation that `SteeredLlama.cancelled` ended between two batches; what was evaluated stays cached."""
 
 
 class SteeredLlama(HookedLlama):
@@ -87,6 +91,7 @@ class SteeredLlama(HookedLlama):
         self._angles = first_dials(self.steerings, angle, angles)
         self.scope = scope
 
+        self.cancelled: Callable[[], bool] | None = None  # asked before each batch; true ends it with Cancelled
         self._answer: object | None = None  # the answer that has the cache
         self._answering = False
         self._lock = threading.RLock()  # held while llama.cpp works: threads that share this object take turns
@@ -164,7 +169,8 @@ class SteeredLlama(HookedLlama):
             hook.close()
 
     def __del__(self) -> None:
-        if "_stack" in self.__dict__:  # a constructor that failed early has nothing to close
+        # A constructor that failed early has nothing to close; a module's names are None where Python is ending.
+        if "_stack" in self.__dict__ and Closed is not None:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,6 +226,8 @@ class SteeredLlama(HookedLlama):
         try:
             self._ctx.kv_cache_seq_rm(-1, begin, -1)
             for first in range(0, len(tokens), self.n_batch):
+                if self.cancelled is not None and self.cancelled():
+                    raise Cancelled
                 batch, at = tokens[first : first + self.n_batch], self.n_tokens
                 self._batch.set_batch(batch, at, every_row or self._logits_all)
                 self._ctx.decode(self._batch)

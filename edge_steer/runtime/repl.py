@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 
 from edge_steer.errors import SteerError
-from edge_steer.runtime.chat import Answer, Chat
+from edge_steer.runtime.answer import Answer
+from edge_steer.runtime.chat import Chat
 from edge_steer.runtime.transcript import save_transcript
 from edge_steer.user_path import user_path
 

@@ -1,0 +1,209 @@
+"""What every route works on: the model, its queue, and the defaults of a request."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio
+
+from edge_steer.errors import SteerError
+from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, stream_pieces
+from edge_steer.runtime.chat import chat_sampling
+from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.serve.errors import ApiError
+from edge_steer.serve.fields import Common, Message
+from edge_steer.serve.steering_field import BadRequest, Dial, parse_alias, parse_steering
+from edge_steer.serve.worker import Ping, Ticket, Worker
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The request has its turn."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a token adds to the answer `index` of a request that wants several."""
+
+    index: int
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Ended:
+    index: int
+    answer: Answer
+
+
+Event = Begun | Said | Ended | Ping
+
+
+@dataclass
+class Service:
+    """The model behind the routes.
+
+    name: what the model is called. sampling: of a request that says nothing. patience: seconds a request may wait.
+    """
+
+    llm: SteeredLlama
+    worker: Worker
+    name: str
+    sampling: Sampling
+    patience: float = 300.0
+    created: int = field(default_factory=lambda: int(time.time()))
+    dials: dict[str, Dial] = field(init=False)  # of a request that names none
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    _preparing: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.dials = dict(self.llm.angles)
+
+    # --- what a request asks for ------------------------------------------------------------------------------
+
+    def dials_of(self, request: Common) -> dict[str, Dial]:
+        """The dials of a request: its field `steering`, else those in the model's name, else the server's."""
+        try:
+            if "steering" in request.model_fields_set:
+                return parse_steering(request.steering, self.llm.steerings)
+            _, named = parse_alias(request.model or "", self.llm.steerings, self.name)
+        except BadRequest as error:
+            raise ApiError(400, error.message, param=error.param) from None
+        return dict(self.dials) if named is None else named
+
+    def sampling_of(self, request: Common, **more: Any) -> Sampling:
+        """How a request wants its tokens chosen."""
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty",
+            "grammar",
+        )  # fmt: skip
+        given = {name: value for name in names if (value := getattr(request, name)) is not None}
+        seed = request.seed
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+        given |= {"seed": secrets.randbits(32) if seed is None or seed == -1 else seed & 0xFFFFFFFF, "stop": stop}
+        if (most := getattr(request, "max_completion_tokens", None) or request.max_tokens) is not None:
+            given["max_tokens"] = most if most > 0 else 1 << 30
+        if request.logit_bias:
+            given["logit_bias"] = self._bias(request.logit_bias)
+        return replace(self.sampling, **given, **more)
+
+    def _bias(self, given: Mapping[str, float]) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for token, bias in given.items():
+            if not (token.isascii() and token.isdigit() and int(token[:12]) < self.llm.n_vocab()):
+                most = self.llm.n_vocab() - 1
+                raise ApiError(400, f"expected tokens from 0 to {most}, got {token[:40]!r}", param="logit_bias")
+            found[int(token)] = bias
+        return found
+
+    # --- prompts ----------------------------------------------------------------------------------------------
+
+    async def chat_prompt(self, messages: Sequence[Message], **more: Any) -> list[int]:
+        """Tokens of a chat; `more` is for the template. Raises ApiError if it cannot be rendered or has no room."""
+
+        def render() -> list[int]:
+            text = self.llm.chat_template.render([_for_template(each) for each in messages], **more)
+            return self.llm.text_tokens(text)
+
+        return await self._prepared(render, "messages")
+
+    async def text_prompt(self, text: str) -> list[int]:
+        """Tokens of a text as it stands, with the BOS that the model wants."""
+        return await self._prepared(lambda: self.llm.tokenize(text.encode(), add_bos=True, special=True), "prompt")
+
+    async def _prepared(self, render: Any, param: str) -> list[int]:
+        def prepare() -> list[int]:
+            with self._preparing:
+                return list(render())
+
+        try:
+            tokens = await anyio.to_thread.run_sync(prepare)
+        except SteerError as error:
+            raise ApiError(400, str(error), param=param) from None
+        return self.checked(tokens, param)
+
+    def checked(self, tokens: list[int], param: str) -> list[int]:
+        """`tokens`, if they are the vocabulary's and leave room for an answer. Raises ApiError."""
+        try:
+            check_room(self.llm, tokens)
+        except SteerError as error:
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
+        if not tokens:
+            raise ApiError(400, "expected a prompt of at least one token, got none", param=param)
+        if max(tokens) >= self.llm.n_vocab():
+            raise ApiError(400, f"expected tokens from 0 to {self.llm.n_vocab() - 1}, got {max(tokens)}", param=param)
+        return tokens
+
+    # --- answers ----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        kind: str,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        dials: dict[str, Dial],
+        *,
+        chat: bool = False,
+        fresh: bool = False,
+    ) -> Ticket:
+        """Queue an answer to each prompt, of which the i-th has the seed `sampling.seed` + i.
+
+        chat: blanks at an answer's head are left out. fresh: nothing that is cached is used.
+        Raises ApiError if the queue is full.
+        """
+        how = chat_sampling(self.llm, sampling) if chat else sampling
+
+        def work(llm: SteeredLlama, ticket: Ticket) -> None:
+            ticket.tell(Begun())
+            for index, prompt in enumerate(prompts):
+                if fresh:
+                    llm.reset()
+                pieces = stream_pieces(llm, prompt, replace(how, seed=(how.seed + index) & 0xFFFFFFFF), strip=chat)
+                answer = _follow(pieces, llm, ticket, index)
+                self.prompt_tokens += answer.prompt_tokens
+                self.generated_tokens += answer.generated_tokens
+                ticket.tell(Ended(index, answer))
+
+        return self.worker.submit(kind, dials, work)
+
+    async def events(self, ticket: Ticket) -> AsyncIterator[Event]:
+        """What becomes of a ticket. Raises ApiError if it fails or waits too long."""
+        async for event in ticket.events(self.patience):
+            yield event
+
+
+def _follow(pieces: Any, llm: SteeredLlama, ticket: Ticket, index: int) -> Answer:
+    """Tell an answer's pieces as they come; between two, its dials may move and it may be cancelled."""
+    try:
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+            if piece.text or piece.choice:
+                ticket.tell(Said(index, piece))
+            ticket.turn(llm)
+    finally:
+        pieces.close()
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it."""
+    found: dict[str, Any] = message.model_dump(exclude_none=True)
+    found.setdefault("content", None)
+    if message.role == "developer":
+        found["role"] = "system"
+    for call in found.get("tool_calls", ()):
+        try:
+            arguments = json.loads(call["function"]["arguments"])
+        except ValueError:
+            raise SteerError(f"expected the arguments of {call['function']['name']} as JSON, got other text") from None
+        call["function"]["arguments"] = arguments
+    return found

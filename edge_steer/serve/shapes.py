@@ -1,0 +1,46 @@
+"""Parts that several of OpenAI's answers share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from edge_steer.serve.fields import Common
+from edge_steer.serve.service import Ended, Service
+from edge_steer.serve.steering_field import Dial, rounded
+from edge_steer.serve.worker import Ticket
+
+
+def head(ticket: Ticket, service: Service, asked: Common, kind: str) -> dict[str, Any]:
+    """What every answer and chunk begins with; `steering` is what was applied."""
+    return {
+        "id": ticket.id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": asked.model or service.name,
+        "system_fingerprint": "edge-steer",
+        "steering": applied(ticket.dials),
+    }
+
+
+def applied(dials: dict[str, Dial]) -> dict[str, Dial]:
+    return {name: rounded(dial) for name, dial in dials.items()}
+
+
+def usage(ended: Sequence[Ended | None]) -> dict[str, Any]:
+    """Tokens that a request cost. The prompt counts once, however many answers it got."""
+    answers = [each.answer for each in ended if each is not None]
+    prompt = max((answer.prompt_tokens for answer in answers), default=0)
+    generated = sum(answer.generated_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def token_bytes(service: Service, token: int) -> bytes:
+    return bytes(service.llm.detokenize([token], special=True))
+
+
+def choice_detail(service: Service, token: int, log_probability: float) -> dict[str, Any]:
+    """A token of a chat's log-probabilities."""
+    text = token_bytes(service, token)
+    return {"token": text.decode(errors="replace"), "logprob": log_probability, "bytes": list(text)}
