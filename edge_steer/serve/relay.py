@@ -7,7 +7,7 @@ request that was made for it.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import anyio
@@ -22,7 +22,7 @@ from edge_steer.serve.streaming import DONE, data
 # Of one connection (RFC 9110, 7.6.1); the body's length is told anew.
 _OF_CONNECTION = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade", "host", "expect",
+    "transfer-encoding", "upgrade",
 })  # fmt: skip
 CONNECT_SECONDS = 10.0
 Headers = list[tuple[bytes, bytes]]
@@ -59,10 +59,9 @@ class Upstream:
         """The same request, for the server."""
         raw = request.scope.get("raw_path") or request.url.path.encode()
         query = request.scope["query_string"]
-        named = {part.strip().lower() for part in request.headers.get("connection", "").split(",")}
         # Which page may ask is decided here; the origin of ours is not the server's concern.
-        left_out = _OF_CONNECTION | named | {"origin", "content-length" if isinstance(content, bytes) else ""}
-        headers: Headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in left_out]
+        left_out = ["host", "expect", "origin", *(["content-length"] if isinstance(content, bytes) else [])]
+        headers = _end_to_end(request.headers.raw, left_out)
         if self.key is not None:
             headers = [(key, value) for key, value in headers if key != b"authorization"]
             headers.append((b"authorization", f"Bearer {self.key}".encode()))
@@ -148,9 +147,10 @@ class Relayed(Response):
         kind = answer.headers.get("content-type", "").partition(";")[0].strip()
         events = kind == "text/event-stream"
         rewrites = self.rewrite is not None and answer.status_code == 200 and (events or kind == "application/json")
-        headers = [(key.lower(), value) for key, value in answer.headers.raw if _is_end_to_end(key)]
-        if rewrites:
-            headers = [each for each in headers if each[0] != b"content-length"]
+        headers = _end_to_end(
+            answer.headers.raw, ["date", *(["content-length"] if rewrites else [])]
+        )  # uvicorn has its own
+        headers = [each for each in headers if not each[0].startswith(b"access-control-")]  # who may read is said here
         await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
         body = answer.aiter_raw()
         try:
@@ -193,7 +193,9 @@ def _part(body: bytes, *, more: bool) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
 
 
-def _is_end_to_end(key: bytes) -> bool:
-    """Whether a header of an answer is for the client. Which pages may read it is said here, not by the server."""
-    name = key.decode("latin-1").lower()
-    return name not in _OF_CONNECTION and not name.startswith("access-control-")
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]], left_out: Iterable[str]) -> Headers:
+    """The headers that are not of one connection, nor left out."""
+    found = [(key.lower(), value) for key, value in headers]
+    of_connection = b",".join(value for key, value in found if key == b"connection").decode("latin-1").split(",")
+    names = {*_OF_CONNECTION, *left_out, *(name.strip().lower() for name in of_connection)}
+    return [(key, value) for key, value in found if key.decode("latin-1") not in names]

@@ -42,7 +42,9 @@ def open_upstream(
         name, width = _model(client, address)
         _check_width(steerings, width, f"{name} at {address}")
         if key is None and client.get(ADAPTERS).status_code == 401:
-            note("llama-server wants a key, so its adapters are looked at when a request brings one; see --upstream-key")
+            note(
+                "llama-server wants a key, so its adapters are looked at when a request brings one; see --upstream-key"
+            )
             keeps = False
         else:
             keeps = _check_adapters(client, address, steerings, dials, order, note)
