@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from planted import random_steering
-from serving import chunks, joined
+from serving import chunks
 from upstreams import BASE, FORMAL, HAPPY, NO_REFUSAL, PAIR, Fake, exported, in_front_of, listening
 
 from edge_steer import SteerError
@@ -217,11 +218,10 @@ def test_a_stream_comes_as_it_is_made_and_tells_its_dials_first() -> None:
         first = next(lines)  # the fake holds the rest until it is told to go on
         assert first.startswith('data: {"steering":{"happy":8.0},"choices":')
         fake.going_on.set()
-        rest = "\n".join(lines)
-    assert rest.count("steering") == 0
-    assert joined(
-        [{"choices": [{**each["choices"][0], "index": 0}]} for each in chunks(f"{first}\n\n{rest}")[:-1]]
-    ) == ("onetwothree")
+        rest = [line.removeprefix("data: ") for line in lines if line]
+    assert [json.loads(each)["choices"][0]["delta"] for each in rest[:-1]] == [{"content": "two"}, {"content": "three"}]
+    assert rest[-1] == "[DONE]"
+    assert "steering" not in "".join(rest)
 
 
 def test_an_error_of_llama_server_goes_through() -> None:
