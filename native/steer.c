@@ -308,10 +308,12 @@ void steer_free(steer_hook *hook) {
 }
 
 int32_t steer_set_path(steer_hook *hook, int32_t path) {
-    if (hook == NULL || path < STEER_PATH_AUTO || path > STEER_PATH_GRAPH) return STEER_BAD_ARGUMENT;
+    if (hook == NULL || path < STEER_PATH_AUTO || path > STEER_PATH_STOP) return STEER_BAD_ARGUMENT;
     hook->path = path;
     return STEER_OK;
 }
+
+bool steer_went_inside(const steer_hook *hook) { return hook != NULL && hook->went_inside; }
 
 static bool all_finite(const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) {

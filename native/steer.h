@@ -22,7 +22,7 @@
 #define STEER_API __attribute__((visibility("default")))
 #endif
 
-#define STEER_ABI 4
+#define STEER_ABI 5
 
 enum steer_status {
     STEER_OK = 0,
@@ -51,6 +51,7 @@ enum steer_path {
     STEER_PATH_COPY = 2,
     STEER_PATH_DEVICE = 3, /* on the device, the host's memory included */
     STEER_PATH_GRAPH = 4,  /* by the node that computes the tensor, on the CPU; not while recording */
+    STEER_PATH_STOP = 5,   /* once the tensor is computed: the first that can of host, device, copy */
 };
 
 struct ggml_tensor;
@@ -173,6 +174,9 @@ STEER_API int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_
                             const int32_t *layer, int64_t *reached, int64_t *turned, steer_hook **out);
 STEER_API void steer_free(steer_hook *hook);
 STEER_API int32_t steer_set_path(steer_hook *hook, int32_t path);
+
+/* Whether a node ever was made to turn what it computes. */
+STEER_API bool steer_went_inside(const steer_hook *hook);
 
 /* Adds a steering, off, behind those already there; *id is its number. It acts at site[i] in plane[i], i < n, with
  * scale[i] as r for STEER_ADD (may be null for the others). The sites ascend. basis: n_planes x rank x d finite

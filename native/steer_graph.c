@@ -73,12 +73,11 @@ static bool is_cpu(const struct steer_ggml *ggml, void *buffer) {
     return ggml->buffer_is_host(buffer) && (device == NULL || ggml->device->dev_type(device) == CPU);
 }
 
-/* `elements` of F32 behind one another, or the elements of one row. */
-static bool readable(const steer_hook *hook, const struct ggml_tensor *source, int64_t elements) {
+/* n rows, d wide, of F32 behind one another. So many elements in other rows would be repeated in another way. */
+static bool readable(const steer_hook *hook, const struct ggml_tensor *source, int64_t n) {
     const struct steer_ggml *ggml = &hook->ggml;
     if (source == NULL || type_of(ggml, source) != ggml->type_f32 || !ggml->is_contiguous(source)) return false;
-    const int64_t found = ggml->nelements(source);
-    return found == elements && ggml->get_data(source) != NULL;
+    return ggml->nelements(source) == n * hook->d && ggml->nrows(source) == n && ggml->get_data(source) != NULL;
 }
 
 bool steer_go_inside(steer_hook *hook, int32_t site, struct ggml_tensor *tensor) {
@@ -92,9 +91,9 @@ bool steer_go_inside(steer_hook *hook, int32_t site, struct ggml_tensor *tensor)
     memcpy(&buffer, (const char *)tensor + ggml->buffer_offset, sizeof buffer);
     const int64_t elements = ggml->nelements(tensor), n = elements > 0 ? ggml->nrows(tensor) : 0, d = hook->d;
     if (n < 1 || elements % d != 0 || elements / d != n) return false; /* act_on has the word for it */
-    if (!readable(hook, tensor, elements) || buffer == NULL || !is_cpu(ggml, buffer)) return false;
+    if (!readable(hook, tensor, n) || buffer == NULL || !is_cpu(ggml, buffer)) return false;
     const struct ggml_tensor *a = source_of(g, tensor, 0), *b = source_of(g, tensor, 1);
-    if (!readable(hook, a, elements) || (!readable(hook, b, elements) && !readable(hook, b, d))) return false;
+    if (!readable(hook, a, n) || (!readable(hook, b, n) && !readable(hook, b, 1))) return false;
 
     const struct steer_inside *inside = &hook->inside[2 * site + (op == g->op_add)];
     unsigned char params[sizeof g->custom_params];

@@ -47,9 +47,9 @@ def logits_by_batch(llm: SteeredLlama) -> Iterator[NDArray[np.float32]]:
 
 @contextmanager
 def path_forced(way: str) -> Iterator[None]:
-    """EDGE_STEER_PATH for hooks that are made within."""
+    """EDGE_STEER_HOOK for hooks that are made within."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGE_STEER_PATH", way)
+        patch.setenv("EDGE_STEER_HOOK", way)
         yield
 
 

@@ -104,7 +104,7 @@ def test_the_copying_path_gives_the_host_path_s_logits(
     steering = steering_for(model, operator)
     found = {}
     for path in ("host", "copy"):
-        monkeypatch.setenv("EDGE_STEER_PATH", path)
+        monkeypatch.setenv("EDGE_STEER_HOOK", path)
         llm = SteeredLlama(model.gguf_path, steering=steering, angle=DIAL[operator], n_ctx=128, **EXACT)
         found[path] = llm.logits([*TOKENS, 0], 1)
     assert (found["host"] == found["copy"]).all()

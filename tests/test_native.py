@@ -134,6 +134,6 @@ def test_a_dial_that_is_not_finite_is_refused() -> None:
 
 
 def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGE_STEER_PATH", "bus")
-    with pytest.raises(SteerError, match="EDGE_STEER_PATH"):
+    monkeypatch.setenv("EDGE_STEER_HOOK", "bus")
+    with pytest.raises(SteerError, match="EDGE_STEER_HOOK"):
         hook_of()

@@ -55,7 +55,7 @@ def lying_hook(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     lie = type(true)(*(getattr(true, name) for name, _ in true._fields_))
     setattr(lie, field, value)
     monkeypatch.setattr(native, "bound_ggml", lambda: lie)
-    monkeypatch.setenv("EDGE_STEER_PATH", "host")
+    monkeypatch.setenv("EDGE_STEER_HOOK", "host")
 
 
 @pytest.mark.parametrize("message", LIES)
@@ -91,10 +91,10 @@ def test_memory_that_is_no_host_s_and_no_device_s_is_copied(model: Path, monkeyp
     steering = steering_for(model)
     expected = SteeredLlama(model, steering=steering, angle=20, **ONE_THREAD).logits([*TOKENS, 0], 1)
     lying_hook(monkeypatch, "memory it cannot reach")
-    monkeypatch.setenv("EDGE_STEER_PATH", "auto")
+    monkeypatch.setenv("EDGE_STEER_HOOK", "auto")
     llm = SteeredLlama(model, steering=steering, angle=20, **ONE_THREAD)
     assert (llm.logits([*TOKENS, 0], 1) == expected).all()
-    monkeypatch.setenv("EDGE_STEER_PATH", "device")
+    monkeypatch.setenv("EDGE_STEER_HOOK", "device")
     with pytest.raises(SteerError, match="device cannot turn it"):
         SteeredLlama(model, steering=steering, angle=20, **ONE_THREAD).eval(TOKENS)
 

@@ -169,22 +169,26 @@ def open_model(
     strength: float | None,
     scope: str,
     engine: str,
+    may_be_off: bool = False,
     **run: Any,
 ) -> SteeredLlama:
-    """The model that the options name, steered as they say; without -s, by the steerings that its file embeds."""
+    """The model that the options name, steered as they say; without -s, by the steerings that its file embeds.
+
+    may_be_off: a steering that has no angle is off; else it is an error.
+    """
     from edge_steer.model_file import read_model
     from edge_steer.runtime.dials import named_steerings
 
     if angle is not None and strength is not None:
         raise click.UsageError("expected --angle or --strength, got both")
     if steering:  # before a model is fetched
-        steerings, dials = named_steerings(steering, angle=angle, strength=strength)
+        steerings, dials = named_steerings(steering, angle=angle, strength=strength, may_be_off=may_be_off)
     path, parameters = run_parameters(model, **run)
     if not steering:
         embedded = [path] if read_model(path).embeds_steerings else []
         if not embedded and (angle is not None or strength is not None):
             raise click.UsageError("--angle and --strength turn a steering; give one with -s FILE")
-        steerings, dials = named_steerings(embedded, angle=angle, strength=strength)
+        steerings, dials = named_steerings(embedded, angle=angle, strength=strength, may_be_off=may_be_off)
     from edge_steer.runtime.llama import SteeredLlama
 
     llm = SteeredLlama(

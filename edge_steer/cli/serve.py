@@ -77,7 +77,8 @@ def serve(
     def load() -> Any:
         llm = options.open_model(
             model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-            ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
+            may_be_off=True, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template,
+            rpc=rpc,
         )  # fmt: skip
         name = Path(llm.model_path).stem if Path(model).is_file() else model
         services.append(Service(llm, Worker(llm, queue), name, options.sampling(seed=seed, **sampling)))

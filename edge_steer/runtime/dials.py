@@ -130,9 +130,16 @@ def split_dial(argument: str) -> tuple[str, float | None]:
 
 
 def named_steerings(
-    arguments: Sequence[str], *, angle: float | None = None, strength: float | None = None
+    arguments: Sequence[str],
+    *,
+    angle: float | None = None,
+    strength: float | None = None,
+    may_be_off: bool = False,
 ) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
-    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default."""
+    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default.
+
+    may_be_off: a steering without any of them is off; else SteerError is raised.
+    """
     if angle is not None and strength is not None:
         raise SteerError("expected an angle or a strength, got both")
     steerings: list[Steering] = []
@@ -143,8 +150,10 @@ def named_steerings(
             steerings.append(each)
             if strength is not None:
                 dials[each.name] = each.at_strength(strength)
+            elif dial is None and angle is None and (each.has_default or not may_be_off):
+                dials[each.name] = each.default_dial()
             else:
-                dials[each.name] = each.default_dial() if dial is None and angle is None else dial
+                dials[each.name] = dial
     loaded = load_steerings(steerings)
     if angle is not None:
         if len(loaded) != 1:

@@ -33,7 +33,7 @@ _STATUS = {
     9: "found a tensor that cannot be turned inside the graph",
 }
 _OP = {"selective": 0, "standard": 1, "adaptive": 1, "ablation": 2, "addition": 3}
-_PATH = {"auto": 0, "host": 1, "copy": 2, "device": 3, "graph": 4}
+_PATH = {"auto": 0, "host": 1, "copy": 2, "device": 3, "graph": 4, "stop": 5}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _dial(action: Action) -> Any:
 class Hook:
     """One hook of steer.h, for one context: what it knows of a model are its sites and its width.
 
-    `EDGE_STEER_PATH` = graph, host, device or copy forces how it reaches a tensor's memory, for tests.
+    `EDGE_STEER_HOOK` says how it reaches a tensor's memory: auto, or stop, which never changes a node of llama.cpp's
+    graph; for tests also graph, host, device and copy, each of which is then the only way.
     """
 
     def __init__(self, architecture: Architecture, sites: Sequence[Site], width: int) -> None:
@@ -92,11 +93,11 @@ class Hook:
                 self.turned.ctypes.data, ctypes.byref(self._pointer),
             )
         )  # fmt: skip
-        path = os.environ.get("EDGE_STEER_PATH", "auto")
-        if path not in _PATH:
-            raise SteerError(f"expected EDGE_STEER_PATH to be one of {', '.join(_PATH)}, got {path!r}")
-        self._check(self._lib.steer_set_path(self._pointer, _PATH[path]))
         self._record: Record | None = None
+        path = os.environ.get("EDGE_STEER_HOOK", "auto")
+        if path not in _PATH:
+            raise SteerError(f"expected EDGE_STEER_HOOK to be one of {', '.join(_PATH)}, got {path!r}")
+        self.path = path
 
     @property
     def callback(self) -> int:
@@ -107,6 +108,21 @@ class Hook:
     def user_data(self) -> int:
         """What cb_eval is to be given."""
         return self._pointer.value or 0
+
+    @property
+    def path(self) -> str:
+        """How it reaches a tensor's memory; another acts from the next decode on."""
+        return self._path
+
+    @path.setter
+    def path(self, value: str) -> None:
+        self._check(self._lib.steer_set_path(self._pointer, _PATH[value]))
+        self._path = value
+
+    @property
+    def went_inside(self) -> bool:
+        """Whether a node of llama.cpp's graph ever was made to turn what it computes."""
+        return bool(self._lib.steer_went_inside(self._pointer))
 
     def add(self, steering: Steering) -> int:
         """Append a steering, off, behind those already there; returns its number."""

@@ -36,6 +36,7 @@ from edge_steer.runtime.hook import Record
 from edge_steer.runtime.hooked_llama import Closed, HookedLlama
 from edge_steer.runtime.measuring import read_logits, record_activations
 from edge_steer.runtime.rpc import check_servers
+from edge_steer.runtime.self_check import check_graph_path
 
 Stream = Generator[int, Sequence[int] | None, None]
 Actions = tuple[Action | None, ...]  # of the steerings, in their order; None is off
@@ -102,6 +103,8 @@ class SteeredLlama(HookedLlama):
         self._engine: Engine = (
             HookEngine(self._hook, self.steerings) if self.engine == "hook" else LoraEngine(self, file, self.steerings)
         )
+        if self.engine == "hook":
+            check_graph_path(self)
 
     # --- the dial ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ functions are bound by the names that stand there, and every field must lie wher
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_ubyte, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_ubyte, c_void_p
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +17,7 @@ import edge_steer
 from edge_steer import compatibility, ggml
 from edge_steer.errors import MismatchError, SteerError
 
-ABI = 4
+ABI = 5
 _AGAIN = "pip install . again"
 
 
@@ -86,6 +86,7 @@ def library() -> ctypes.CDLL:
     ]  # fmt: skip
     lib.steer_free.argtypes, lib.steer_free.restype = [c_void_p], None
     lib.steer_set_path.argtypes = [c_void_p, c_int32]
+    lib.steer_went_inside.argtypes, lib.steer_went_inside.restype = [c_void_p], c_bool
     lib.steer_add.argtypes = [
         c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, POINTER(c_int32),
     ]  # fmt: skip

@@ -257,7 +257,7 @@ static void bad_arguments_are_refused_and_leave_the_hook_as_it_was(void) {
     CHECK(steer_dial(hook, 0, (const double[]){1e300, 0, 0}) == STEER_BAD_ARGUMENT);
     CHECK(steer_dial(hook, 0, (const double[]){0, 0, NAN}) == STEER_BAD_ARGUMENT);
     CHECK(steer_dial(hook, 1, NULL) == STEER_BAD_ARGUMENT && steer_dial(hook, -1, NULL) == STEER_BAD_ARGUMENT);
-    CHECK(steer_set_path(hook, STEER_PATH_GRAPH + 1) == STEER_BAD_ARGUMENT && steer_set_path(hook, -1));
+    CHECK(steer_set_path(hook, STEER_PATH_STOP + 1) == STEER_BAD_ARGUMENT && steer_set_path(hook, -1));
     CHECK(steer_rows(hook, SITES, rows, 1) == STEER_BAD_ARGUMENT);
     CHECK(steer_rows(hook, 0, NULL, 1) == STEER_BAD_ARGUMENT && steer_rows(hook, 0, rows, -1) == STEER_BAD_ARGUMENT);
     CHECK(steer_rows(hook, 0, NULL, 0) == STEER_OK);
@@ -415,7 +415,7 @@ static void a_product_or_a_sum_is_turned_by_the_node_that_computes_it(void) {
 static void what_cannot_be_turned_inside_the_graph_is_turned_afterwards(void) {
     float basis[SITES][2][D], x[ROWS][D], y[ROWS][D], z[ROWS][D];
     fill_planes(basis);
-    for (int wrong = 0; wrong < 10; wrong++) {
+    for (int wrong = 0; wrong < 12; wrong++) {
         struct fake_buffer other = {false};
         struct ggml_tensor a = tensor("a", &host, &x[0][0], ROWS), b = tensor("b", &host, &y[0][0], ROWS);
         struct ggml_tensor t = tensor("attn_norm-1", &host, &z[0][0], ROWS);
@@ -432,6 +432,8 @@ static void what_cannot_be_turned_inside_the_graph_is_turned_afterwards(void) {
         case 7: a.data = NULL; break;
         case 8: t.buffer = &other; break;
         case 9: t.src[0] = NULL; break;
+        case 10: b.ne[0] = 1, b.ne[1] = D; break; /* as many elements as a row */
+        case 11: b.ne[0] = ROWS, b.ne[1] = D; break;
         }
         const struct ggml_tensor before = t;
         for (int forced = 0; forced < 2; forced++) {

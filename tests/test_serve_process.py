@@ -1,0 +1,215 @@
+"""The server as a process: dials that move while it talks, clients that go away, many at once, what is no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("fastapi")
+
+import httpx
+import numpy as np
+import tiny
+from command import PROGRAM, process
+from serving import HELLO, chunks, joined, open_llm, server_process, serving
+
+from edge_steer.runtime.answer import Sampling, stream_pieces
+from edge_steer.runtime.chat import generate_answer
+from edge_steer.serve import worker
+
+CHAT = "/v1/chat/completions"
+LONG = {"messages": HELLO, "temperature": 0, "repeat_penalty": 1.0, "max_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with server_process(model, tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
+def load(server: str) -> int:
+    return int(httpx.get(f"{server}/health").json()["load"])
+
+
+def wait_until_idle(server: str, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while load(server):
+        assert time.monotonic() < end, "the server still works for a client that has gone"
+        time.sleep(0.02)
+
+
+def pieces_of_answer(model: Path, at: int | None = None, dial: float = 0) -> list[str]:
+    """What each token adds to an answer of SteeredLlama, whose dial is moved behind its token `at`."""
+    llm = open_llm(model)
+    llm.angles.update(happy=-40, formal=None)
+    sampling = Sampling(max_tokens=LONG["max_tokens"], repeat_penalty=1.0)
+    found = []
+    for piece in stream_pieces(llm, llm.chat_tokens(HELLO), sampling, strip=True):
+        found.append(piece.text)
+        if len(found) == at:
+            llm.angles["happy"] = dial
+    return found
+
+
+def test_a_dial_that_moves_while_it_talks_turns_the_next_tokens(model: Path, server: str) -> None:
+    moved, text = None, ""
+    asked = {**LONG, "stream": True, "steering": "happy:-40"}
+    with httpx.Client(base_url=server) as client, client.stream("POST", CHAT, json=asked) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                body = json.loads(line[6:])
+                text += body["choices"][0]["delta"].get("content", "")
+                if moved is None and text:
+                    moved = client.post(f"/v1/steering/{body['id']}", json={"steering": {"happy": 40}})
+    assert moved is not None
+    assert moved.json()["steering"] == {"happy": 40, "formal": None}
+    steady = pieces_of_answer(model)
+    alike = next(i for i, (one, other) in enumerate(zip(text, "".join(steady), strict=False)) if one != other)
+    ends = np.cumsum([len(piece) for piece in steady])
+    near = [at for at, end in enumerate(ends, 1) if alike - 12 <= end <= alike]
+    assert text != "".join(steady)
+    assert text in ["".join(pieces_of_answer(model, at, 40)) for at in near]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_stops_its_answer(server: str, stream: bool) -> None:
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(server + CHAT, json={**LONG, "stream": stream, "n": 16}, timeout=httpx.Timeout(5, read=0.001))
+    begin = time.monotonic()
+    wait_until_idle(server)
+    assert httpx.post(server + CHAT, json={**LONG, "max_tokens": 4}).status_code == 200
+    assert time.monotonic() - begin < 5
+
+
+def test_half_a_request_and_noise_do_no_harm(server: str) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    half += b"Content-Length: 50\r\n\r\n{"
+    for noise in (b"", b"\x00" * 100, b"GET / HTTP/1.1\r\nHost:", half, b"A" * 100_000):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(noise)
+    wait_until_idle(server)
+    assert httpx.post(server + CHAT, json={**LONG, "max_tokens": 4}).status_code == 200
+
+
+def test_a_large_body_is_refused_before_it_has_come(server: str) -> None:
+    def hundred_megabytes() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * (1 << 20)
+
+    try:
+        status = httpx.post(server + CHAT, content=hundred_megabytes(), headers={"Content-Type": "application/json"})
+        assert status.status_code == 413
+    except httpx.TransportError:
+        pass  # the connection was closed while the client was still sending
+    assert httpx.post(server + CHAT, json={**LONG, "max_tokens": 4}).status_code == 200
+
+
+def test_past_a_full_queue_a_request_is_told_to_come_again(model: Path, tmp_path: Path) -> None:
+    async def flood(address: str) -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+            return await asyncio.gather(*(client.post(CHAT, json=LONG) for _ in range(8)))
+
+    with server_process(model, tmp_path, "--queue", "2") as address:
+        found = asyncio.run(flood(address))
+        assert {each.status_code for each in found} == {200, 503}
+        refused = next(each for each in found if each.status_code == 503)
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert httpx.post(address + CHAT, json=LONG).status_code == 200
+
+
+def test_many_clients_at_once_get_each_the_answer_of_a_fresh_model(model: Path, server: str) -> None:
+    random_ = random.Random(0)
+    cases = [
+        {"messages": [{"role": "user", "content": random_.choice(("hello", "hello there", "other")) + "!" * (i % 3)}],
+         "steering": {"happy": random_.choice((None, -40, 7.5, 40)), "formal": random_.choice((None, 30))},
+         "seed": i, "temperature": random_.choice((0, 1.3)), "max_tokens": 12, "repeat_penalty": 1.0, "top_p": 1.0,
+         "min_p": 0.0, "top_k": 0}
+        for i in range(24)
+    ]  # fmt: skip
+    expected = [fresh_answer(model, case) for case in cases]
+    asked = [random_.randrange(len(cases)) for _ in range(200)]
+
+    async def one(client: httpx.AsyncClient, turn: asyncio.Semaphore, number: int) -> str:
+        async with turn:
+            stream = number % 2 == 0
+            found = await client.post(CHAT, json={**cases[number], "stream": stream})
+            assert found.status_code == 200, found.text
+            return joined(chunks(found.text)) if stream else found.json()["choices"][0]["message"]["content"]
+
+    async def all_of_them() -> list[str]:
+        turn = asyncio.Semaphore(32)
+        async with httpx.AsyncClient(base_url=server, timeout=120) as client:
+            return await asyncio.gather(*(one(client, turn, number) for number in asked))
+
+    assert asyncio.run(all_of_them()) == [expected[number] for number in asked]
+
+
+def fresh_answer(model: Path, case: dict[str, Any]) -> str:
+    llm = open_llm(model)
+    llm.angles.update(case["steering"])
+    names = ("temperature", "seed", "max_tokens", "repeat_penalty", "top_p", "min_p", "top_k")
+    text = generate_answer(llm, case["messages"], Sampling(**{name: case[name] for name in names})).text
+    llm.close()
+    return text
+
+
+def test_ctrl_c_ends_it_without_a_word(model: Path, tmp_path: Path) -> None:
+    command = [*PROGRAM, "serve", "-m", str(model), "--port", str(free_port())]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert "serving at http://127.0.0.1:" in running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) in (0, 130)
+        assert "Traceback" not in running.stderr.read()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_what_cannot_be_served_is_one_line(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        found = process("serve", "-m", model, "--port", port)
+    assert (found.returncode, found.stderr.count(b"\n")) == (1, 1)
+    assert b"cannot listen" in found.stderr
+    missing = process("serve", "-m", "nothing.gguf", "--port", str(free_port()))
+    assert (missing.returncode, missing.stderr.count(b"\n")) == (1, 1)
+
+
+def test_a_wait_that_is_too_long_is_told(model: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, serving(model, patience=0.05) as client:
+        patch.setattr(worker, "PING_SECONDS", 0.05)
+        service = client.service  # type: ignore[attr-defined]
+        release = threading.Event()
+
+        async def occupy() -> None:
+            service.worker.submit("test", {}, lambda *_: release.wait(10))
+
+        client.portal.call(occupy)  # type: ignore[union-attr]
+        found = client.post(CHAT, json={**LONG, "max_tokens": 2})
+        release.set()
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "queue_full")
