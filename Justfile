@@ -119,6 +119,10 @@ hostile-cost:
 soak *args:
     {{python}} tests/external/soak.py {{args}}
 
+# `serve --upstream` in front of a real llama-server, against the hook: `just try-llama-server --server PATH`, or --build
+try-llama-server *args:
+    {{python}} tests/external/upstream.py {{args}}
+
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}
