@@ -6,14 +6,11 @@ request or among its options, or stand in the model's name, as everywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -26,9 +23,9 @@ from edge_steer.serve.completions import text_prompts
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import ChatRequest, Common, Strict
 from edge_steer.serve.ollama_fields import OllamaChat, OllamaGenerate
+from edge_steer.serve.ollama_models import listed, names, now, shown
 from edge_steer.serve.service import Begun, Ended, Event, Said, Service
 from edge_steer.serve.shapes import applied
-from edge_steer.serve.steering_field import aliases
 from edge_steer.serve.streaming import collected
 from edge_steer.serve.structured import format_grammar
 from edge_steer.serve.tools import ToolForm, tool_form
@@ -77,19 +74,19 @@ def routes(service: Service) -> APIRouter:
     @router.get("/api/tags", response_model=None)
     async def tags() -> dict[str, Any]:
         """The model and its aliases, each with its dials."""
-        return {"models": [_listed(service, name) for name in _names(service)]}
+        return {"models": [listed(service, name) for name in names(service)]}
 
     @router.get("/api/ps", response_model=None)
     async def running() -> dict[str, Any]:
         more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.llm.n_ctx()}
-        return {"models": [{**_listed(service, service.name), **more}]}
+        return {"models": [{**listed(service, service.name), **more}]}
 
     @router.post("/api/show", response_model=None)
     async def show(asked: ModelNamed) -> dict[str, Any]:
         name = (asked.model or asked.name or "").removesuffix(":latest")
-        if name not in _names(service):
+        if name not in names(service):
             raise ApiError(404, f"model {name[:80]!r} not found; /api/tags lists what there is")
-        return _shown(service)
+        return shown(service)
 
     @router.post("/api/chat", response_model=None)
     async def chat(asked: OllamaChat, request: Request) -> Response:
@@ -174,7 +171,7 @@ class _Lines:
         return self.last()
 
     def _line(self, text: str, calls: list[dict[str, Any]], *, done: bool) -> dict[str, Any]:
-        head = {"model": self.asked.model, "created_at": _now(), "steering": applied(self.ticket.dials)}
+        head = {"model": self.asked.model, "created_at": now(), "steering": applied(self.ticket.dials)}
         return {**head, **self.content(text, calls), "done": done}
 
 
@@ -204,7 +201,8 @@ async def _streamed(service: Service, lines: _Lines) -> AsyncIterator[bytes]:
             async for event in events:
                 if line := lines.take(event):
                     yield _json_line(line)
-        yield _json_line(lines.last())
+        if lines.answer.ended:  # not where the server was closed
+            yield _json_line(lines.last())
     except ApiError as error:
         yield _json_line({"error": error.message})
     finally:
@@ -227,54 +225,11 @@ def _response(text: str, _: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _loaded(service: Service, model: str, content: dict[str, Any]) -> Response:
     """A request without a prompt asks for the model to be loaded."""
-    return JSONResponse({"model": model, "created_at": _now(), **content, "done": True, "done_reason": "load"})
-
-
-def _names(service: Service) -> list[str]:
-    return [service.name, *aliases(service.name, service.llm.steerings)]
-
-
-def _listed(service: Service, name: str) -> dict[str, Any]:
-    size = Path(service.llm.model_path).stat().st_size
-    digest = hashlib.sha256(f"{name} {size}".encode()).hexdigest()  # of no file: it tells one name from another
-    modified = datetime.fromtimestamp(service.created, timezone.utc).isoformat()
-    return {
-        "name": name, "model": name, "modified_at": modified, "size": size, "digest": digest,
-        "details": _details(service),
-    }  # fmt: skip
-
-
-def _details(service: Service) -> dict[str, Any]:
-    family = str(service.llm.metadata.get("general.architecture", ""))
-    millions = service.llm._model.n_params() / 1e6
-    size = f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.0f}M"
-    return {
-        "parent_model": "", "format": "gguf", "family": family, "families": [family], "parameter_size": size,
-        "quantization_level": service.llm._model.desc().rpartition(" ")[2],
-    }  # fmt: skip
-
-
-def _shown(service: Service) -> dict[str, Any]:
-    source = service.llm.chat_template.source or ""
-    family = str(service.llm.metadata.get("general.architecture", ""))
-    info = {
-        "general.architecture": family,
-        "general.parameter_count": service.llm._model.n_params(),
-        f"{family}.context_length": service.llm.n_ctx(),
-        f"{family}.embedding_length": service.llm.n_embd(),
-    }
-    return {
-        "modelfile": "", "parameters": "", "template": source, "details": _details(service), "model_info": info,
-        "capabilities": ["completion", *(["tools"] if "tools" in source else [])], "modified_at": _now(),
-    }  # fmt: skip
+    return JSONResponse({"model": model, "created_at": now(), **content, "done": True, "done_reason": "load"})
 
 
 def _json_line(line: dict[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from edge_steer.serve.errors import ApiError
-from edge_steer.serve.fields import ChatRequest, CompletionRequest, Share, Stop, Strict, Tool, Unsigned
+from edge_steer.serve.fields import ChatRequest, Common, CompletionRequest, Share, Stop, Strict, Tool, Unsigned
 
+Form = TypeVar("Form", bound=Common)
 _SAME = ("temperature", "top_k", "top_p", "min_p", "seed", "repeat_penalty", "frequency_penalty", "presence_penalty")
 
 
@@ -103,10 +104,13 @@ class OllamaGenerate(Asked):
         return _valid(CompletionRequest, {**self.shared(), "prompt": self.prompt, "suffix": self.suffix})
 
 
-def _valid(form: Any, fields: dict[str, Any]) -> Any:
-    return form.model_validate(
-        {name: value for name, value in fields.items() if value is not None or name == "steering"}
-    )
+def _valid(form: type[Form], fields: dict[str, Any]) -> Form:
+    given = {name: value for name, value in fields.items() if value is not None or name == "steering"}
+    try:
+        return form.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _message(given: Message) -> dict[str, Any]:
