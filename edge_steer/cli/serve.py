@@ -26,6 +26,7 @@ _UPSTREAM_BYTES = 128 << 20  # of a request that goes through: it may hold pictu
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Name by which this machine is called; repeats.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
+@click.option("--metrics", is_flag=True, help="Tell counts at /metrics, for Prometheus.")
 @click.option("--upstream", metavar="URL", help="Put the dials in front of this llama-server, in place of --model.")
 @click.option(
     "--upstream-key", envvar="EDGE_STEER_UPSTREAM_KEY", help="llama-server's key, in place of what a client bears."
@@ -39,9 +40,7 @@ _UPSTREAM_BYTES = 128 << 20  # of a request that goes through: it may hold pictu
 @options.sampling_options
 @options.run_options
 @options.rpc_option
-@click.pass_context
 def serve(
-    context: click.Context,
     model: str | None,
     steering: tuple[str, ...],
     angle: float | None,
@@ -55,6 +54,7 @@ def serve(
     allow_host: tuple[str, ...],
     queue: int,
     open_page: bool,
+    metrics: bool,
     upstream: str | None,
     upstream_key: str | None,
     adapter: tuple[str, ...],
@@ -83,7 +83,7 @@ def serve(
         from edge_steer.serve.run import serve as run
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{error.name} is missing; pip install 'edge-steer[serve]'") from None
-    _check_mode(context, upstream)
+    _check_mode(click.get_current_context(), upstream)
     from edge_steer.serve.app import make_app
     from edge_steer.serve.guard import Rules
     from edge_steer.serve.service import Service
@@ -106,7 +106,9 @@ def serve(
             rpc=rpc,
         )  # fmt: skip
         name = Path(llm.model_path).stem if Path(model).is_file() else model
-        services.append(Service(llm, Worker(llm, queue), name, options.sampling(seed=seed, **sampling)))
+        services.append(
+            Service(llm, Worker(llm, queue), name, options.sampling(seed=seed, **sampling), metrics=metrics)
+        )
         return make_app(services[0], Rules(api_key, cors, allow_host))
 
     def close() -> None:
