@@ -123,6 +123,14 @@ soak *args:
 try-llama-server *args:
     {{python}} tests/external/upstream.py {{args}}
 
+# 2,000 requests from 32 clients at once, held against fresh models
+soak-server *args:
+    {{python}} tests/external/serve_soak.py {{args}}
+
+# What serving costs, beside the model alone and peers, told on docs/results.md (on a machine that does nothing else)
+bench-serving *args:
+    {{python}} benchmarks/serving.py --results docs/results.md {{args}}
+
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}

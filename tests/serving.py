@@ -16,6 +16,7 @@ from command import ONE_THREAD, PROGRAM, steering_for
 from starlette.testclient import TestClient
 
 from edge_steer.runtime.answer import Sampling
+from edge_steer.runtime.chat import generate_answer
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.serve.app import make_app
 from edge_steer.serve.guard import Rules
@@ -55,8 +56,17 @@ def serving(model: Path, rules: Rules | None = None, waiting: int = 64, **servic
 
 
 @contextmanager
-def server_process(model: Path, folder: Path, *options: str, max_tokens: int = 400) -> Iterator[str]:
-    """The address of `edge-steer serve` as a process, once it is ready."""
+def server_at(model: Path, folder: Path, *options: str, max_tokens: int = 400) -> Iterator[str]:
+    """As server_process, its address alone."""
+    with server_process(model, folder, *options, max_tokens=max_tokens) as (address, _):
+        yield address
+
+
+@contextmanager
+def server_process(
+    model: Path, folder: Path, *options: str, max_tokens: int = 400
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of `edge-steer serve` as a process, once it is ready, and the process."""
     file = folder / "two.gguf"
     save_all(two_steerings(model), file, force=True)
     with socket.socket() as free:
@@ -70,7 +80,7 @@ def server_process(model: Path, folder: Path, *options: str, max_tokens: int = 4
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_until_ready(address, process)
-            yield address
+            yield address, process
         finally:
             process.terminate()
             process.wait(30)
@@ -86,6 +96,16 @@ def _wait_until_ready(address: str, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.1)
     raise AssertionError("the server was not ready in 30 seconds")
+
+
+def fresh_answer(model: Path, case: dict[str, Any]) -> str:
+    """What SteeredLlama itself answers to a request, fresh."""
+    llm = open_llm(model)
+    llm.angles.update(case["steering"])
+    names = ("temperature", "seed", "max_tokens", "repeat_penalty", "top_p", "min_p", "top_k")
+    text = generate_answer(llm, case["messages"], Sampling(**{name: case[name] for name in names})).text
+    llm.close()
+    return text
 
 
 def chunks(text: str) -> list[Any]:

@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
 import tiny
-from serving import HELLO, open_llm, server_process
+from serving import HELLO, open_llm, server_at
 
 from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
@@ -54,7 +54,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     template = folder / "template.jinja"
     template.write_text(TEMPLATE_WITH_TOOLS)
     options = ("--api-key", "k3y", "--chat-template", str(template), "--repeat-penalty", "1")
-    with server_process(model, folder, *options, max_tokens=LONGEST) as address:
+    with server_at(model, folder, *options, max_tokens=LONGEST) as address:
         yield f"{address}/v1"
 
 

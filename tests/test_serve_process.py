@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,12 +21,13 @@ pytest.importorskip("fastapi")
 import httpx
 import numpy as np
 import tiny
+import uvicorn
 from command import PROGRAM, process
-from serving import HELLO, chunks, joined, open_llm, server_process, serving
+from serving import HELLO, chunks, fresh_answer, joined, open_llm, server_at, serving
 
 from edge_steer.runtime.answer import Sampling, stream_pieces
-from edge_steer.runtime.chat import generate_answer
-from edge_steer.serve import worker
+from edge_steer.serve import run, worker
+from edge_steer.serve.app import Loading
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": HELLO, "temperature": 0, "repeat_penalty": 1.0, "max_tokens": 400}
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server_process(model, tmp_path_factory.mktemp("server")) as address:
+    with server_at(model, tmp_path_factory.mktemp("server")) as address:
         yield address
 
 
@@ -127,7 +127,7 @@ def test_past_a_full_queue_a_request_is_told_to_come_again(model: Path, tmp_path
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:
             return await asyncio.gather(*(client.post(CHAT, json=LONG) for _ in range(8)))
 
-    with server_process(model, tmp_path, "--queue", "2") as address:
+    with server_at(model, tmp_path, "--queue", "2") as address:
         found = asyncio.run(flood(address))
         assert {each.status_code for each in found} == {200, 503}
         refused = next(each for each in found if each.status_code == 503)
@@ -161,15 +161,6 @@ def test_many_clients_at_once_get_each_the_answer_of_a_fresh_model(model: Path, 
             return await asyncio.gather(*(one(client, turn, number) for number in asked))
 
     assert asyncio.run(all_of_them()) == [expected[number] for number in asked]
-
-
-def fresh_answer(model: Path, case: dict[str, Any]) -> str:
-    llm = open_llm(model)
-    llm.angles.update(case["steering"])
-    names = ("temperature", "seed", "max_tokens", "repeat_penalty", "top_p", "min_p", "top_k")
-    text = generate_answer(llm, case["messages"], Sampling(**{name: case[name] for name in names})).text
-    llm.close()
-    return text
 
 
 def test_ctrl_c_ends_it_without_a_word(model: Path, tmp_path: Path) -> None:
@@ -213,3 +204,23 @@ def test_a_wait_that_is_too_long_is_told(model: Path) -> None:
         found = client.post(CHAT, json={**LONG, "max_tokens": 2})
         release.set()
         assert (found.status_code, found.json()["error"]["code"]) == (503, "queue_full")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: local", b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET"])
+def test_a_connection_that_never_finishes_asking_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.3)
+    with run.bind("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(uvicorn.Config(Loading(), http=run.Protocol, lifespan="off", log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            with socket.create_connection(listening.getsockname()) as connection:
+                connection.settimeout(10)
+                connection.sendall(sent)
+                while connection.recv(4096):
+                    pass  # closed: no more comes
+        finally:
+            server.should_exit = True
+            thread.join()

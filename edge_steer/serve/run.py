@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import webbrowser
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def serve(
         server_header=False,
     )  # fmt: skip
     server = uvicorn.Server(config)
-    listening = _bind(config, address)
+    listening = bind(address.host, address.port)
 
     def run() -> None:
         try:
@@ -102,17 +103,14 @@ def serve(
         raise failed[0]
 
 
-def _bind(config: uvicorn.Config, address: Address) -> Any:
-    """The socket, bound now, so that a port that is taken is one line."""
-    import socket
-
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    found = socket.socket(family=family)
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, bound now, so that a port that is taken is one line. Raises SteerError."""
+    found = socket.socket(family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((address.host, address.port))
+        found.bind((host, port))
     except (OSError, OverflowError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or error
-        raise SteerError(f"cannot listen at {address.host}:{address.port}: {reason}; give another --port") from None
+        raise SteerError(f"cannot listen at {host}:{port}: {reason}; give another --port") from None
     return found
