@@ -50,6 +50,7 @@ BOTH = [HAPPY, FORMAL]
         ("happy,formal:1e1", 4.1, 10),
         ("", None, None),
         ("off", None, None),
+        ("happy:off,formal:2", None, 2),
         (None, None, None),
     ],
 )

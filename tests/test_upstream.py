@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from command import PROGRAM, process, run
 from planted import random_steering
 from serving import chunks
-from upstreams import BASE, FORMAL, HAPPY, NO_REFUSAL, PAIR, Fake, exported, in_front_of, listening
+from upstreams import BASE, FORMAL, HAPPY, NO_REFUSAL, PAIR, Fake, exported, free_port, in_front_of, listening
 
 from edge_steer import SteerError
 from edge_steer.choices import Operator
@@ -414,3 +416,49 @@ def test_adapters_that_stand_elsewhere_than_at_0_and_steerings_that_share_places
     with in_front_of(fake, [HAPPY, formal], notes=notes):
         pass
     assert ["do not stand at 0" in notes[0], "adapters add" in notes[1], len(notes)] == [True, True, 2]
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_stands_in_front_of_a_llama_server(tmp_path: Path) -> None:
+    file = tmp_path / "happy.gguf"
+    HAPPY.save(file)
+    fake = Fake([(name, 1.0) for name, _ in PAIR], key="k")
+    with listening(fake) as url:
+        port = free_port()
+        command = [*PROGRAM, "serve", "--upstream", url, "--upstream-key", "k", "-s", f"{file}:-5", "--port", str(port)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            try:
+                lines = [server.stderr.readline(), server.stderr.readline()]
+                assert lines[0].startswith("note: the adapters do not stand at 0")
+                assert lines[1].startswith(f"serving at http://127.0.0.1:{port}")
+                answer = httpx.post(f"http://127.0.0.1:{port}{CHAT}", json=hello(), trust_env=False)
+            finally:
+                server.terminate()
+    assert answer.json()["steering"] == {"happy": -5}
+    assert fake.asked(CHAT)[0].json["lora"] == turned(-5)
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    ([], "expected -m MODEL, or --upstream URL"),
+    (["--upstream", "http://127.0.0.1:1"], "expected -s FILE"),
+    (["--upstream", "http://127.0.0.1:1", "-s", "a.gguf", "-m", "b.gguf"], "--model is for a model that runs here"),
+    (["--upstream", "http://127.0.0.1:1", "-s", "a.gguf", "--temp", "1"], "is for a model that runs here"),
+    (["-m", "a.gguf", "--adapter", "happy=0,1"], "--adapter is for --upstream"),
+    (["-m", "a.gguf", "--upstream-key", "k"], "--upstream-key is for --upstream"),
+])  # fmt: skip
+def test_options_that_say_nothing_to_what_is_served_are_refused(options: list[str], word: str) -> None:
+    found = run("serve", *options)
+    assert found.exit_code == 2
+    assert word in found.stderr
+
+
+def test_no_llama_server_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    file = tmp_path / "happy.gguf"
+    HAPPY.save(file)
+    found = process("serve", "--upstream", "http://127.0.0.1:1", "-s", file, "--port", free_port())
+    assert found.returncode == 1
+    assert found.stderr.decode().count("\n") == 1
+    assert "start it first" in found.stderr.decode()

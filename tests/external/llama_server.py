@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(server: Path, model: Path, pair: tuple[Path, Path], *options: str) -> Iterator[str]:
-    """An unmodified server on the loopback address with the pair loaded at scale 0; yields its address."""
+def running(server: Path, model: Path, adapters: Sequence[Path], *options: str) -> Iterator[str]:
+    """An unmodified server on the loopback address with adapters loaded at scale 0; yields its address."""
     port = free_port()
-    scaled = ",".join(f"{path}:0" for path in pair)
+    scaled = ",".join(f"{path}:0" for path in adapters)
     arguments = ["-m", str(model), "--lora-scaled", scaled, "--host", "127.0.0.1", "--port", str(port), "-c", "512"]
     command = [str(server), *arguments, *EXACT, *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

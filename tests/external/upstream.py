@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from llama_server import build, free_port, running
 from edge_steer import SteeredLlama
 from edge_steer.calibration import calibrate
 from edge_steer.calibration.native_recorder import NativeRecorder
-from edge_steer.export.lora import export_pair
+from edge_steer.export.lora import export_adapter, export_pair
 from edge_steer.fetch import resolve
 from edge_steer.preset import load_preset
 from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
+from edge_steer.steering import Steering, save_all
 
 PROMPTS = ("Write one sentence about the sea.", "How was your day?", "What do you think about the future?")
 DIALS = (-12.0, -6.0, None, 6.0, 12.0)
@@ -100,17 +101,39 @@ def check_answers(check: Checks, client: httpx.Client, hook: Answers) -> None:
         text, found = said(client, prompt, steering={"happy": dial})
         check(
             f"{dial if dial is None else f'{dial:+g}°'} {prompt}",
-            (text, found["steering"]),
-            (expected, {"happy": dial}),
+            (text, found["steering"]["happy"]),
+            (expected, dial),
         )
     prompt = PROMPTS[0]
     check("by the model's name", said(client, prompt, model="any@happy:-12")[0], hook[prompt, -12.0])
     text, chunks = streamed(client, prompt, steering="happy:12")
-    check("streamed", (text, chunks[0]["steering"]), (hook[prompt, 12.0], {"happy": 12.0}))
+    check("streamed", (text, chunks[0]["steering"]["happy"]), (hook[prompt, 12.0], 12.0))
     check("in one piece each token", len(chunks) > LENGTH // 2, True)
     asked = {"input": prompt, "max_output_tokens": LENGTH, "steering": "happy:-12", **GREEDY}
     output = client.post("/v1/responses", json=asked).raise_for_status().json()["output"]
     check("/v1/responses", output[-1]["content"][0]["text"].strip(), hook[prompt, -12.0])
+
+
+def check_ablation(check: Checks, client: httpx.Client, hook: Answers) -> None:
+    """An adapter of one dial beside the pair: on and off."""
+    for dial in (1.0, None):
+        text, found = said(client, PROMPTS[0], steering={"flat": dial})
+        check(f"ablation {dial}", (text, found["steering"]["flat"]), (hook[PROMPTS[0], dial], dial))
+
+
+def check_gone(check: Checks, client: httpx.Client) -> None:
+    """A client that goes away in the middle of a stream, or before an answer, frees its slot."""
+    body = {"messages": messages("Count to a thousand."), "max_tokens": 400, "ignore_eos": True, **GREEDY}
+    with client.stream("POST", CHAT, json={**body, "stream": True}) as answer:
+        next(answer.iter_lines())
+    with suppress(httpx.ReadTimeout):
+        client.post(CHAT, json=body, timeout=1.0)
+    for _ in range(50):
+        busy = [slot["id"] for slot in client.get("/slots").json() if slot["is_processing"]]
+        if not busy:
+            break
+        time.sleep(0.1)
+    check("a client that goes away frees its slot", busy, [])
 
 
 def check_cache(check: Checks, client: httpx.Client, hook: Answers, kept: bool) -> None:
@@ -123,13 +146,13 @@ def check_cache(check: Checks, client: httpx.Client, hook: Answers, kept: bool) 
     check("one dial's cache is used", found["timings"]["cache_n"] > 10, kept)
 
 
-def hook_answers(model: Path, steering: Path) -> Answers:
+def hook_answers(model: Path, steering: Steering, dials: tuple[float | None, ...] = DIALS) -> Answers:
     f32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
     llm = SteeredLlama(model, steering=steering, angle=None, n_ctx=512, n_threads=1, n_threads_batch=1, **f32)
     greedy = Sampling(max_tokens=LENGTH, repeat_penalty=1.0)
     found: Answers = {}
     for prompt in PROMPTS:
-        for dial in DIALS:
+        for dial in dials:
             llm.angle = dial
             found[prompt, dial] = generate_answer(llm, messages(prompt), greedy).text.strip()
     llm.close()
@@ -155,23 +178,28 @@ def main(server: Path | None, compile_it: bool) -> None:
         if llama_cpp.llama_model_quantize(source, str(model).encode(), parameters):
             raise click.ClickException("llama.cpp could not write the model as F32")
         made = calibrate(NativeRecorder(model, n_ctx=512), load_preset("sentiment"), name="happy")
-        steering = folder / "happy.gguf"
-        made.with_(angle=8.0).save(steering)
+        flat = made.with_(name="flat", operator="ablation", basis=made.basis[:, :1])
+        happy, both = folder / "happy.gguf", folder / "both.gguf"
+        made.with_(angle=8.0).save(happy)
+        save_all([made.with_(angle=8.0), flat], both)
         cos, sin, _ = export_pair(model, folder / "x", made)  # the file's name tells nothing
-        hook = hook_answers(model, steering)
+        whole, _ = export_adapter(model, folder / "y", [(flat, 1.0)])
+        hook = hook_answers(model, made)
         check = Checks()
         check("the dial changes what is said", len({hook[PROMPTS[0], dial] for dial in DIALS}) > 2, True)
         began = time.monotonic()
         with (
-            running(server, model, (sin, cos), *ONE_THREAD, "--cache-ram", "0") as upstream,
-            in_front(upstream, steering) as (client, notes),
+            running(server, model, (whole, sin, cos), *ONE_THREAD, "--cache-ram", "0") as upstream,
+            in_front(upstream, both) as (client, notes),
         ):
-            check("nothing is amiss with a server that stands well", notes, [])
+            check("a server that stands well", ["adapters add" in each for each in notes], [True])
             check_answers(check, client, hook)
+            check_ablation(check, client, hook_answers(model, flat, (1.0, None)))
+            check_gone(check, client)
             check_cache(check, client, hook, kept=True)
         with ExitStack() as stack:
             upstream = stack.enter_context(running(server, model, (cos, sin), *ONE_THREAD))
-            with in_front(upstream, steering) as (client, notes):
+            with in_front(upstream, happy) as (client, notes):
                 check("a cache that mixes dials is told of", ["--cache-ram 0" in each for each in notes], [True])
                 check_cache(check, client, hook, kept=False)
                 stack.close()
