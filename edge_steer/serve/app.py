@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from edge_steer.serve.service import Service
 PAGE = Path(__file__).parent / "page"
 # The page takes nothing from elsewhere, and nothing that it shows may be run.
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+FRESH = {"Cache-Control": "no-cache"}
 
 
 def make_app(service: Service, rules: Rules) -> ASGIApp:
@@ -47,11 +50,22 @@ def guarded(app: FastAPI, rules: Rules) -> ASGIApp:
 def add_page(app: FastAPI) -> None:
     """The page at /, and what it loads below /page/."""
 
+    mimetypes.add_type("text/javascript", ".js")  # Windows' registry may say text/plain, which no browser runs
+
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": PAGE_POLICY, **FRESH})
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", PageFiles(directory=PAGE), name="page")
+
+
+class PageFiles(StaticFiles):
+    """Files that a browser asks after each time, so that a newer version is never mixed with an older."""
+
+    def file_response(self, *args: Any, **more: Any) -> Response:
+        response = super().file_response(*args, **more)
+        response.headers.update(FRESH)
+        return response
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -78,14 +92,18 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class Loading:
-    """Answers 503 until it is given the application of a loaded model."""
+    """The page, which says that the model is loading; else 503, until it is given the application of a loaded model."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
+        self._page = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        add_page(self._page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:
             await self.app(scope, receive, send)
+        elif scope["type"] == "http" and (scope["path"] == "/" or scope["path"].startswith("/page/")):
+            await self._page(scope, receive, send)
         elif scope["type"] == "http":
             body = error_body("the model is loading; try again in a moment", "server_error", code="loading")
             await JSONResponse(body, 503, {"Retry-After": "2"})(scope, receive, send)

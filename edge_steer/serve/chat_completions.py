@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from edge_steer.runtime.answer import TokenChoice
 from edge_steer.serve.fields import ChatRequest
 from edge_steer.serve.service import Ended, Event, Said, Service
-from edge_steer.serve.shapes import choice_detail, head, usage
+from edge_steer.serve.shapes import applied, choice_detail, head, usage
 from edge_steer.serve.streaming import PING, collected, data, event_stream
 from edge_steer.serve.structured import format_grammar
 from edge_steer.serve.tools import ToolForm, tool_form
@@ -97,7 +97,10 @@ def take(answers: Sequence[ChatAnswer], event: Event) -> None:
 async def _chunks(
     service: Service, ticket: Ticket, asked: ChatRequest, form: ToolForm | None, top: dict[str, Any]
 ) -> AsyncIterator[bytes]:
-    """The chunks of a streamed answer. The first, with the role and the request's id, comes before its turn."""
+    """The chunks of a streamed answer. The first, with the role and the request's id, comes before its turn.
+
+    `steering` of a chunk is where the dials stood when its text was said.
+    """
     answers = [ChatAnswer(service, form) for _ in range(asked.n or 1)]
     empty = {"usage": None} if asked.stream_options and asked.stream_options.include_usage else {}
 
@@ -113,6 +116,7 @@ async def _chunks(
                 yield PING
             elif isinstance(event, Said):
                 shown = answers[event.index].add(event)
+                top = {**top, "steering": applied(event.dials)}
                 told = _log_probabilities(service, [event.piece.choice]) if event.piece.choice else None
                 if shown or told:
                     yield chunk(event.index, {"content": shown}, told=told)

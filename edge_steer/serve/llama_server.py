@@ -19,6 +19,7 @@ from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import Common, Message, Strict, Token, Tool
 from edge_steer.serve.service import Begun, Ended, Event, Said, Service
 from edge_steer.serve.shapes import applied, choice_detail
+from edge_steer.serve.steering_field import Dial
 from edge_steer.serve.streaming import PING, collected, data, event_stream
 from edge_steer.serve.structured import schema_grammar
 from edge_steer.serve.worker import Ping, Ticket
@@ -123,6 +124,10 @@ class _Telling:
     turn: float = 0.0
     first: float = 0.0
     ended: Ended | None = None
+    dials: dict[str, Dial] = field(init=False)  # at which the last token was said
+
+    def __post_init__(self) -> None:
+        self.dials = self.ticket.dials
 
     def take(self, event: Event) -> dict[str, Any] | None:
         """What a stream tells of an event, if anything."""
@@ -130,6 +135,7 @@ class _Telling:
             self.turn = time.perf_counter()
         elif isinstance(event, Said):
             self.first = self.first or time.perf_counter()
+            self.dials = event.dials
             self.text += event.piece.text
             self.count += 1
             told = [event.piece.choice] if event.piece.choice else []
@@ -149,7 +155,7 @@ class _Telling:
         told = [{"id": each.token, **self._detail(each.token, each.log_probability),
                  "top_logprobs": [{"id": id, **self._detail(id, value)} for id, value in each.likeliest]}
                 for each in choices]  # fmt: skip
-        found = {"index": 0, "content": text, "tokens": [], "id_slot": 0, "steering": applied(self.ticket.dials)}
+        found = {"index": 0, "content": text, "tokens": [], "id_slot": 0, "steering": applied(self.dials)}
         return {**found, "completion_probabilities": told} if told else found
 
     def _detail(self, token: int, log_probability: float) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from edge_steer.serve.ollama_fields import OllamaChat, OllamaGenerate
 from edge_steer.serve.ollama_models import listed, names, now, shown
 from edge_steer.serve.service import Begun, Ended, Event, Said, Service
 from edge_steer.serve.shapes import applied
+from edge_steer.serve.steering_field import Dial
 from edge_steer.serve.streaming import collected
 from edge_steer.serve.structured import format_grammar
 from edge_steer.serve.tools import ToolForm, tool_form
@@ -132,8 +133,10 @@ class _Lines:
     turn: float | None = None  # at which the request had its turn, and its first token came
     first: float | None = None
     answer: ChatAnswer = field(init=False)
+    dials: dict[str, Dial] = field(init=False)  # at which the last token was said
 
     def __post_init__(self) -> None:
+        self.dials = self.ticket.dials
         self.answer = ChatAnswer(self.service, self.form)
 
     def take(self, event: Event) -> dict[str, Any] | None:
@@ -142,6 +145,7 @@ class _Lines:
             self.turn = time.perf_counter()
         elif isinstance(event, Said):
             self.first = self.first or time.perf_counter()
+            self.dials = event.dials
             text = self.answer.add(event)
             return self._line(text, [], done=False) if text else None
         elif isinstance(event, Ended):
@@ -171,7 +175,7 @@ class _Lines:
         return self.last()
 
     def _line(self, text: str, calls: list[dict[str, Any]], *, done: bool) -> dict[str, Any]:
-        head = {"model": self.asked.model, "created_at": now(), "steering": applied(self.ticket.dials)}
+        head = {"model": self.asked.model, "created_at": now(), "steering": applied(self.dials)}
         return {**head, **self.content(text, calls), "done": done}
 
 

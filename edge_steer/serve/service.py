@@ -29,10 +29,11 @@ class Begun:
 
 @dataclass(frozen=True)
 class Said:
-    """What a token adds to the answer `index` of a request that wants several."""
+    """What a token adds to the answer `index` of a request that wants several, and the dials at which it was said."""
 
     index: int
     piece: Piece
+    dials: dict[str, Dial]
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _follow(pieces: Any, llm: SteeredLlama, ticket: Ticket, index: int) -> Answe
                 answer: Answer = end.value
                 return answer
             if piece.text or piece.choice:
-                ticket.tell(Said(index, piece))
+                ticket.tell(Said(index, piece, dict(llm.angles)))
             ticket.turn(llm)
     finally:
         pieces.close()
