@@ -119,6 +119,10 @@ hostile-cost:
 soak *args:
     {{python}} tests/external/soak.py {{args}}
 
+# `serve --upstream` in front of a real llama-server, against the hook: `just try-llama-server --server PATH`, or --build
+try-llama-server *args:
+    {{python}} tests/external/upstream.py {{args}}
+
 # 2,000 requests from 32 clients at once, held against fresh models
 soak-server *args:
     {{python}} tests/external/serve_soak.py {{args}}
