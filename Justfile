@@ -119,6 +119,10 @@ hostile-cost:
 soak *args:
     {{python}} tests/external/soak.py {{args}}
 
+# `serve --upstream` in front of a real llama-server, against the hook: `just try-llama-server --server PATH`, or --build
+try-llama-server *args:
+    {{python}} tests/external/upstream.py {{args}}
+
 # 2,000 requests from 32 clients at once, held against fresh models
 soak-server *args:
     {{python}} tests/external/serve_soak.py {{args}}
@@ -142,3 +146,11 @@ bench-quality *args:
 # Effects, texts and crossed presets on four models, the 1.5B among them: the first part of docs/results.md (hours; resumes)
 bench-effects *args:
     {{python}} benchmarks/effects.py {{args}}
+
+# Two steerings at once: what each does alone, both, and combined; the tables of docs/composing.md (resumes)
+bench-interaction *args:
+    {{python}} benchmarks/interaction.py {{args}}
+
+# The measured steerings that ship, of what bench-effects has calibrated
+shipped-set *args:
+    {{python}} benchmarks/shipped_set.py {{args}}

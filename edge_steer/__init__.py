@@ -10,14 +10,16 @@ from edge_steer.errors import FormatError, MismatchError, NoEffectError, SteerEr
 
 if TYPE_CHECKING:
     from edge_steer.api import calibrate
+    from edge_steer.combining import combine
     from edge_steer.preset import load_preset
     from edge_steer.runtime.llama import SteeredLlama
+    from edge_steer.sharing.find import find_steerings
     from edge_steer.steering import Steering
 
 # The public names; what else a module here holds is for edge-steer's own use.
 __all__ = [
     "FormatError", "MismatchError", "NoEffectError", "SteerError", "SteeredLlama", "Steering", "__version__",
-    "calibrate", "load_preset",
+    "calibrate", "combine", "find_steerings", "load_preset",
 ]  # fmt: skip
 
 
@@ -26,6 +28,8 @@ _LAZY = {
     "SteeredLlama": "edge_steer.runtime.llama",
     "Steering": "edge_steer.steering",
     "calibrate": "edge_steer.api",
+    "combine": "edge_steer.combining",
+    "find_steerings": "edge_steer.sharing.find",
     "load_preset": "edge_steer.preset",
 }
 

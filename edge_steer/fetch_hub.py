@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edge_steer.errors import SteerError
@@ -9,11 +11,9 @@ from edge_steer.fetch_wheels import sha256_of
 from edge_steer.registry import Entry, HubFile, own_place
 
 
-def download(wanted: Entry, source: HubFile) -> Path:
-    """The model's file in the hub's own cache, checked. Raises SteerError if it cannot be had or is another."""
-    by_hand = f"or put the file at {own_place(wanted)}"
-    from huggingface_hub import hf_hub_download
-
+@contextmanager
+def told_in_one_line(where: str, by_hand: str) -> Iterator[None]:
+    """The hub client's errors as SteerErrors. where: what is fetched, from where. by_hand: what else one can do."""
     # The transport's error: httpx's or requests', as the release of huggingface_hub has it.
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         EntryNotFoundError,
@@ -24,9 +24,8 @@ def download(wanted: Entry, source: HubFile) -> Path:
         RevisionNotFoundError,
     )
 
-    where = f"{source.file} from {source.repo} on the Hugging Face hub"
     try:
-        path = Path(hf_hub_download(source.repo, source.file, revision=source.revision))
+        yield
     except GatedRepoError as error:
         raise SteerError(
             f"expected {where}, got a gated repository; accept the licence on the model's page and run `hf auth login`"
@@ -40,6 +39,16 @@ def download(wanted: Entry, source: HubFile) -> Path:
     except (HTTPError, OSError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SteerError(f"expected {where}, got {reason}; try again, {by_hand}") from error
+
+
+def download(wanted: Entry, source: HubFile) -> Path:
+    """The model's file in the hub's own cache, checked. Raises SteerError if it cannot be had or is another."""
+    from huggingface_hub import hf_hub_download
+
+    by_hand = f"or put the file at {own_place(wanted)}"
+    where = f"{source.file} from {source.repo} on the Hugging Face hub"
+    with told_in_one_line(where, by_hand):
+        path = Path(hf_hub_download(source.repo, source.file, revision=source.revision))
     size = path.stat().st_size
     if wanted.size not in (None, size):
         raise SteerError(f"expected {wanted.size} bytes of {where}, got {size}; the repository has changed, {by_hand}")

@@ -19,6 +19,8 @@ from typing import Any
 from edge_steer.errors import SteerError
 from edge_steer.user_path import user_path
 
+_REGISTRY = "registry.json"
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -77,16 +79,21 @@ def cache_dir() -> Path:
     return (xdg if xdg.is_absolute() else user_path("~/.cache")) / "edge-steer"
 
 
+def models_folder() -> Path:
+    """Where the registry and what ships for its models lie. Raises SteerError where they do not."""
+    # Installed, models/ lies inside the package; in a checkout or an editable install, beside it.
+    package = Path(__file__).parent
+    places = [folder / "models" for folder in (package, package.parent)]
+    found = next((place for place in places if (place / _REGISTRY).is_file()), None)
+    if found is None:
+        raise SteerError(f"expected the model registry in {places[0]}, got no file; install edge-steer again")
+    return found
+
+
 @functools.cache
 def entries() -> tuple[Entry, ...]:
     """All known models, in the registry's order."""
-    # Installed, models/ lies inside the package; in a checkout or an editable install, beside it.
-    package = Path(__file__).parent
-    places = [folder / "models" / "registry.json" for folder in (package, package.parent)]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise SteerError(f"expected the model registry at {places[0]}, got no file; install edge-steer again")
-    return tuple(_entry(item) for item in json.loads(found.read_text("utf-8"))["models"])
+    return tuple(_entry(item) for item in json.loads((models_folder() / _REGISTRY).read_text("utf-8"))["models"])
 
 
 def _entry(item: dict[str, Any]) -> Entry:

@@ -69,7 +69,7 @@ def export(
     if steered_type is not None and to != "gguf":
         raise click.UsageError("--steered-type is for --to gguf")
     target = FORMATS[to]
-    steerings = _load_steerings(steering, angle)
+    steerings = _load_steerings(steering, angle, model)
     path = resolve(model, fetch=True)
     if path.is_dir() != target.reads_folder:
         kinds = ("a Hugging Face directory", "a GGUF")
@@ -83,13 +83,13 @@ def export(
         click.echo(written)
 
 
-def _load_steerings(arguments: tuple[str, ...], angle: float | None) -> list[tuple[Steering, float | None]]:
+def _load_steerings(arguments: tuple[str, ...], angle: float | None, model: str) -> list[tuple[Steering, float | None]]:
     """The steerings of the arguments, with the dials that are given and None where none is."""
     from edge_steer.errors import SteerError
     from edge_steer.runtime.dials import load_steerings, split_dial
-    from edge_steer.steering import Steering
+    from edge_steer.sharing.find import find_steerings
 
-    found = [(each, dial) for path, dial in map(split_dial, arguments) for each in Steering.load_all(path)]
+    found = [(each, dial) for path, dial in map(split_dial, arguments) for each in find_steerings(path, model)]
     if angle is not None:
         if len(found) != 1:
             raise SteerError(f"--angle is for one steering, got {len(found)}; write -s FILE:ANGLE for each")

@@ -77,8 +77,12 @@ def _print(steering: Steering) -> None:
         if math.isnan(steering.angle_min) and math.isnan(steering.angle_max)
         else f"{_shown(steering.angle_min, '+.4g')} … {_shown(steering.angle_max, '+.4g')}{unit}"
         + (", provisional; see `edge-steer sweep --write`" if steering.provisional else ""),
-        "made": f"{made.date[:10] or '–'} by the {made.recorder or 'unknown'} recorder from {made.positive_count} + "
-        f"{made.negative_count} prompts",
+        "made": f"{made.date[:10] or '–'} by "
+        + (
+            "combining steerings"
+            if made.recorder == "combine"
+            else f"the {made.recorder or 'unknown'} recorder from {made.positive_count} + {made.negative_count} prompts"
+        ),
     }
     if made.orthogonal_to:
         rows["without"] = f"what it shares with {', '.join(made.orthogonal_to)}"
@@ -115,10 +119,13 @@ def _print(steering: Steering) -> None:
 @click.option("--plot", metavar="PNG", help="Also draw separation, mask and mean norm by layer.")
 @options.force_option
 def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
-    """Show what a steering file holds, layer by layer."""
-    from edge_steer.steering import Steering
+    """Show what a steering file holds, layer by layer.
 
-    steerings = Steering.load_all(file)
+    FILE may be PACK.zip/NAME or hub:USER/REPO/NAME too.
+    """
+    from edge_steer.sharing.find import find_steerings
+
+    steerings = find_steerings(file)
     if plot is not None:
         from edge_steer.sweep.layer_plot import plot_layers
 

@@ -36,7 +36,9 @@ model_option = click.option(
 
 steering_options = _all(
     click.option(
-        "-s", "--steering", multiple=True, metavar="FILE[:ANGLE]", help="A steering file, with its angle; repeats."
+        "-s", "--steering", multiple=True, metavar="FILE[:ANGLE]",
+        help="A steering, with its angle: a file, PACK.zip/NAME, hub:USER/REPO/NAME, or the NAME of a measured one; "
+        "repeats.",
     ),
     click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
     click.option(
@@ -182,7 +184,7 @@ def open_model(
     if angle is not None and strength is not None:
         raise click.UsageError("expected --angle or --strength, got both")
     if steering:  # before a model is fetched
-        steerings, dials = named_steerings(steering, angle=angle, strength=strength, may_be_off=may_be_off)
+        steerings, dials = named_steerings(steering, angle=angle, strength=strength, may_be_off=may_be_off, model=model)
     path, parameters = run_parameters(model, **run)
     if not steering:
         embedded = [path] if read_model(path).embeds_steerings else []

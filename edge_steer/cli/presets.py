@@ -12,16 +12,19 @@ from edge_steer.preset import load_preset, preset_names
 from edge_steer.prompts import PromptSet
 
 EXAMPLES = 3
-COLUMNS = ("name", "positive", "negative", "pairs", "probes", "description")
+COLUMNS = ("name", "positive", "negative", "pairs", "probes", "measured", "description")
 
 
 def _row(preset: PromptSet) -> dict[str, Any]:
+    from edge_steer.sharing.shipped import shipped_names, shipped_packs
+
     return {
         "name": preset.name,
         "positive": preset.positive_name,
         "negative": preset.negative_name,
         "pairs": len(preset.positive),
         "probes": len(preset.probes),
+        "measured": [model for model in shipped_packs() if preset.name in shipped_names(model)],
         "description": preset.description,
     }
 
@@ -51,7 +54,7 @@ def presets(name: str | None, as_json: bool) -> None:
         else:
             click.echo("\t".join(COLUMNS))
             for row in rows:
-                click.echo("\t".join(str(row[column]) for column in COLUMNS))
+                click.echo("\t".join(_cells(row)))
         return
 
     preset = load_preset(name)
@@ -63,9 +66,15 @@ def presets(name: str | None, as_json: bool) -> None:
     click.echo(f"{row['pairs']} pairs, {preset.positive_name} (+) against {preset.negative_name} (-), such as")
     for pair in examples["example_pairs"]:
         click.echo(f"\n  + {pair['positive']}\n  - {pair['negative']}")
+    if row["measured"]:
+        click.echo(f"\nmeasured for {', '.join(row['measured'])}: -s {preset.name} needs no calibration there")
     click.echo(f"\n{row['probes']} probes, such as")
     for probe in examples["example_probes"]:
         click.echo(f"\n  {probe['prompt']}\n  + {probe['positive']}\n  - {probe['negative']}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [", ".join(cell) if isinstance(cell := row[column], list) else str(cell) for column in COLUMNS]
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -74,5 +83,5 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(*COLUMNS)
     for row in rows:
-        table.add_row(*(str(row[column]) for column in COLUMNS))
+        table.add_row(*_cells(row))
     Console().print(table)

@@ -56,7 +56,7 @@ def verify(
     from edge_steer.verify.verification import verify as compare
 
     path, parameters = options.run_parameters(model, ctx=None, gpu_layers=gpu_layers, threads=threads, seed=0)
-    steerings, dials = named_steerings(steering or (path,), angle=angle)
+    steerings, dials = named_steerings(steering or (path,), angle=angle, model=model)
     dialled = [(each, dials[each.name]) for each in steerings]
     found = compare(path, dialled, hf=hf, tokens=tokens, progress=bar, **parameters)
     if as_json:

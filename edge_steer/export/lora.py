@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_steer.choices import RANK
 from edge_steer.errors import SteerError
+from edge_steer.export.adapter_label import COS, SIN, WHOLE, AdapterLabel, label
 from edge_steer.export.factors import Actions, Floats
 from edge_steer.export.folding import Reads, Writes, fold_gguf
 from edge_steer.export.gguf_bytes import map_model, text, write_float32
@@ -78,7 +79,9 @@ def adapter_tensors(source: Products, core: Core) -> Iterator[tuple[str, Float32
         yield f"{name}.lora_b", both.lora_b(core)
 
 
-def write_adapter(path: Path, source: Products, core: Core, description: str = "") -> None:
+def write_adapter(
+    path: Path, source: Products, core: Core, description: str = "", of: AdapterLabel | None = None
+) -> None:
     """Write one adapter to `path`, over what is there."""
     metadata = {
         "general.architecture": text(source.model.architecture),
@@ -87,6 +90,7 @@ def write_adapter(path: Path, source: Products, core: Core, description: str = "
         "general.description": text(description),
         "adapter.type": text("lora"),
         "adapter.lora.alpha": Value(GGUFValueType.FLOAT32, 0.0),
+        **(of.metadata() if of else {}),
     }
     write_float32(path, metadata, dict(adapter_tensors(source, core)))
 
@@ -124,7 +128,8 @@ def export_adapter(
     with ExitStack() as files:
         adapter, model_file = (files.enter_context(whole_file(each, force=force)) for each in (path, ollama))
         source = products(read_model(model_path), on, progress)
-        write_adapter(adapter, source, core_at(actions), _describe(dials))
+        of = label(WHOLE, on[0], float(dials[0][1] or 0)) if len(on) == 1 else None
+        write_adapter(adapter, source, core_at(actions), _describe(dials), of)
         model_file.write_text(modelfile(source.model.path, path), encoding="utf-8")
     return [path, ollama]
 
@@ -152,10 +157,10 @@ def export_pair(
                 "block (--layers)"
             )
         # R(θ) − I = (cosθ − 1) SᵀS + sinθ SᵀJS
-        write_adapter(parts[0], source, lambda _: np.eye(2), f"{steering.name}: scale it by cos(angle) - 1")
-        write_adapter(
-            parts[1], source, lambda _: np.array([[0.0, -1.0], [1.0, 0.0]]), f"{steering.name}: scale it by sin(angle)"
-        )
+        cos_core, sin_core = np.eye(2), np.array([[0.0, -1.0], [1.0, 0.0]])
+        how = f"{steering.name}: scale it by"
+        write_adapter(parts[0], source, lambda _: cos_core, f"{how} cos(angle) - 1", label(COS, steering))
+        write_adapter(parts[1], source, lambda _: sin_core, f"{how} sin(angle)", label(SIN, steering))
         parts[2].write_text(notes(steering, source.model.path, cos, sin), encoding="utf-8")
     return [cos, sin, readme]
 

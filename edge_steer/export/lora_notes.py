@@ -58,8 +58,9 @@ Then each request names its own angle:
 
 Name both scales in every request, 0 and 0 for no steering. A request without the field is answered at the scales of
 the command line, but llama-server may then reuse text that it has cached at another angle; so it may after a
-`POST /lora-adapters`. Do not start it with `--lora-init-without-apply`: a request without the field would then run both
-adapters at scale 1, which is no angle at all.
+`POST /lora-adapters`. Where it knows `--cache-ram`, add `--cache-ram 0`: the prompts that it keeps in memory do not
+tell at which scales. Do not start it with `--lora-init-without-apply`: a request without the field would then run both
+adapters at scale 1, which is no angle at all. `edge-steer serve --upstream URL` in front of it minds all of this.
 """
 
 

@@ -26,7 +26,7 @@ def whole_folder(path: Path, source: Path | None = None, *, force: bool = False)
         if path.exists() and not path.is_dir():
             raise SteerError(f"expected a folder to write at {path}, got a file; give another path")
         if source is not None and path.exists() and source.resolve().is_relative_to(path.resolve()):
-            raise SteerError(f"{path} is or holds the model itself; give another -o")
+            raise SteerError(f"{path} is or holds what is read; give another -o")
         if path.exists() and not force:
             raise SteerError(f"{path} exists; give --force to replace it")
         part.mkdir()

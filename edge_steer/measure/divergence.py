@@ -79,6 +79,10 @@ class Divergence:
     def at(self, name: str, angle: float) -> float:
         """With the steering `name` at `angle` and all others off."""
         set_dial(self._model, name, angle)
+        return self.now()
+
+    def now(self) -> float:
+        """Under the dials as they stand."""
         found = [
             expected.divergence(log_softmax(self._model.logits(tokens, 1)))
             for expected, tokens in zip(self._expected, self._tokens, strict=True)

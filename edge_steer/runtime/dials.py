@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_steer.errors import SteerError
 from edge_steer.rotation import Action
+from edge_steer.sharing.find import find_steerings
 from edge_steer.steering import Steering
 
 SteeringLike = Steering | str | Path
@@ -91,7 +92,7 @@ def load_steerings(given: SteeringLike | Sequence[SteeringLike] | None) -> tuple
     several = [given] if isinstance(given, (Steering, str, Path)) else list(given)
     found: list[Steering] = []
     for each in several:
-        found += [each] if isinstance(each, Steering) else Steering.load_all(each)
+        found += [each] if isinstance(each, Steering) else find_steerings(each)
     names = [each.name for each in found]
     for name in names:
         if names.count(name) > 1:
@@ -135,10 +136,12 @@ def named_steerings(
     angle: float | None = None,
     strength: float | None = None,
     may_be_off: bool = False,
+    model: str | Path | None = None,
 ) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
     """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default.
 
     may_be_off: a steering without any of them is off; else SteerError is raised.
+    model: whose measured steerings are meant by a name that is no file, see `find_steerings`.
     """
     if angle is not None and strength is not None:
         raise SteerError("expected an angle or a strength, got both")
@@ -146,7 +149,7 @@ def named_steerings(
     dials: dict[str, float | None] = {}
     for argument in arguments:
         path, dial = split_dial(argument)
-        for each in Steering.load_all(path):
+        for each in find_steerings(path, model):
             steerings.append(each)
             if strength is not None:
                 dials[each.name] = each.at_strength(strength)

@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_steer._version import __version__
-from edge_steer.serve import chat_completions, completions, models, steering_routes
+from edge_steer.serve import chat_completions, completions, llama_server, models, ollama, steering_routes
 from edge_steer.serve.errors import ApiError, error_body
 from edge_steer.serve.guard import Guard, Rules
 from edge_steer.serve.service import Service
@@ -30,7 +30,7 @@ FRESH = {"Cache-Control": "no-cache"}
 def make_app(service: Service, rules: Rules) -> ASGIApp:
     """The application of a model that is loaded."""
     app = FastAPI(title="edge-steer", version=__version__, docs_url=None, redoc_url=None)
-    for part in (chat_completions, completions, steering_routes, models):
+    for part in (chat_completions, completions, steering_routes, models, ollama, llama_server):
         app.include_router(part.routes(service))
     return guarded(app, rules)
 

@@ -41,8 +41,8 @@ def routes(service: Service) -> APIRouter:
         top = head(ticket, service, asked, "chat.completion.chunk" if asked.stream else "chat.completion")
         if asked.stream:
             return event_stream(_chunks(service, ticket, asked, form, top), ticket)
-        answers = [_Answer(service, form) for _ in prompts]
-        await collected(request, ticket, service.events(ticket), lambda event: _take(answers, event))
+        answers = [ChatAnswer(service, form) for _ in prompts]
+        await collected(request, ticket, service.events(ticket), lambda event: take(answers, event))
         choices = [answer.choice(index, asked) for index, answer in enumerate(answers)]
         body = {**top, "choices": choices, "usage": usage([each.ended for each in answers])}
         return JSONResponse(body, headers={"X-Request-Id": ticket.id})
@@ -51,7 +51,7 @@ def routes(service: Service) -> APIRouter:
 
 
 @dataclass
-class _Answer:
+class ChatAnswer:
     """One choice, as it comes."""
 
     service: Service
@@ -87,7 +87,7 @@ class _Answer:
         return {"index": index, "message": message, "logprobs": told, "finish_reason": finish}
 
 
-def _take(answers: Sequence[_Answer], event: Event) -> None:
+def take(answers: Sequence[ChatAnswer], event: Event) -> None:
     if isinstance(event, Said):
         answers[event.index].add(event)
     elif isinstance(event, Ended):
@@ -101,7 +101,7 @@ async def _chunks(
 
     `steering` of a chunk is where the dials stood when its text was said.
     """
-    answers = [_Answer(service, form) for _ in range(asked.n or 1)]
+    answers = [ChatAnswer(service, form) for _ in range(asked.n or 1)]
     empty = {"usage": None} if asked.stream_options and asked.stream_options.include_usage else {}
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, told: Any = None) -> bytes:

@@ -27,7 +27,7 @@ def routes(service: Service) -> APIRouter:
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Text that goes on from a text, in OpenAI's form; `steering` sets the dials of this answer alone."""
         dials = service.dials_of(asked)
-        prompts = await _prompts(service, asked)
+        prompts = await text_prompts(service, asked)
         echoes = (
             [bytes(service.llm.detokenize(each)).decode(errors="replace") for each in prompts] if asked.echo else []
         )
@@ -61,7 +61,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _prompts(service: Service, asked: CompletionRequest) -> list[list[int]]:
+async def text_prompts(service: Service, asked: CompletionRequest) -> list[list[int]]:
     """The tokens of every prompt."""
     given: Any = asked.prompt
     several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]

@@ -6,9 +6,9 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
@@ -42,6 +42,7 @@ class Ended:
     answer: Answer
 
 
+T = TypeVar("T")
 Event = Begun | Said | Ended | Ping
 
 
@@ -50,6 +51,7 @@ class Service:
     """The model behind the routes.
 
     name: what the model is called. sampling: of a request that says nothing. patience: seconds a request may wait.
+    metrics: whether counts are told to who asks.
     """
 
     llm: SteeredLlama
@@ -57,6 +59,7 @@ class Service:
     name: str
     sampling: Sampling
     patience: float = 300.0
+    metrics: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     dials: dict[str, Dial] = field(init=False)  # of a request that names none
     prompt_tokens: int = 0
@@ -109,25 +112,35 @@ class Service:
         """Tokens of a chat; `more` is for the template. Raises ApiError if it cannot be rendered or has no room."""
 
         def render() -> list[int]:
-            text = self.llm.chat_template.render([_for_template(each) for each in messages], **more)
-            return self.llm.text_tokens(text)
+            return self.llm.text_tokens(self._rendered(messages, more))
 
         return await self._prepared(render, "messages")
+
+    async def chat_text(self, messages: Sequence[Message], **more: Any) -> str:
+        """The text of a chat. Raises ApiError if it cannot be rendered."""
+        return await self.on_vocabulary(lambda: self._rendered(messages, more), "messages")
 
     async def text_prompt(self, text: str) -> list[int]:
         """Tokens of a text as it stands, with the BOS that the model wants."""
         return await self._prepared(lambda: self.llm.tokenize(text.encode(), add_bos=True, special=True), "prompt")
 
-    async def _prepared(self, render: Any, param: str) -> list[int]:
-        def prepare() -> list[int]:
+    async def on_vocabulary(self, work: Callable[[], T], param: str = "content") -> T:
+        """What `work` finds, on a thread beside the model's. Raises ApiError, of the field `param`, for SteerError."""
+
+        def prepare() -> T:
             with self._preparing:
-                return list(render())
+                return work()
 
         try:
-            tokens = await anyio.to_thread.run_sync(prepare)
+            return await anyio.to_thread.run_sync(prepare)
         except SteerError as error:
             raise ApiError(400, str(error), param=param) from None
-        return self.checked(tokens, param)
+
+    async def _prepared(self, render: Callable[[], list[int]], param: str) -> list[int]:
+        return self.checked(list(await self.on_vocabulary(render, param)), param)
+
+    def _rendered(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
+        return self.llm.chat_template.render([_for_template(each) for each in messages], **more)
 
     def checked(self, tokens: list[int], param: str) -> list[int]:
         """`tokens`, if they are the vocabulary's and leave room for an answer. Raises ApiError."""

@@ -125,7 +125,10 @@ def _from_text(text: str, by_name: Mapping[str, Steering], param: str) -> dict[s
         steering = _find(name.strip() if colon else part, by_name, param)
         if steering.name in found:
             raise BadRequest(param, f"expected {shown(steering.name)} once, got it twice")
-        found[steering.name] = _number(number, steering, param) if colon else _default(steering, param)
+        if not colon:
+            found[steering.name] = _default(steering, param)
+        else:
+            found[steering.name] = None if number.strip() == OFF else _number(number, steering, param)
     return found
 
 

@@ -26,8 +26,8 @@ def data(body: Any) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def event_stream(chunks: AsyncIterator[bytes], ticket: Ticket) -> StreamingResponse:
-    """A response of server-sent events. Where the client goes away, the ticket is cancelled."""
+def event_stream(chunks: AsyncIterator[bytes], ticket: Ticket, last: bytes = DONE) -> StreamingResponse:
+    """A response of server-sent events, `last` behind them. Where the client goes away, the ticket is cancelled."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
@@ -37,7 +37,7 @@ def event_stream(chunks: AsyncIterator[bytes], ticket: Ticket) -> StreamingRespo
             yield data(error.body)
         finally:
             ticket.cancel()
-        yield DONE
+        yield last
 
     headers = {**_HEADERS, "X-Request-Id": ticket.id}
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)

@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from edge_steer.rotation import cos_sin
 
 PROMPT = "The weather today was"
 TOP = 5
+EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-warmup")
 
 
 def build(folder: Path) -> Path:
@@ -62,16 +63,21 @@ def build(folder: Path) -> Path:
     return output / "bin" / "llama-server"
 
 
-@contextmanager
-def running(server: Path, model: Path, pair: tuple[Path, Path]) -> Iterator[str]:
-    """An unmodified server on the loopback address with the pair loaded at scale 0; yields its address."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    scaled = ",".join(f"{path}:0" for path in pair)
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(server: Path, model: Path, adapters: Sequence[Path], *options: str) -> Iterator[str]:
+    """An unmodified server on the loopback address with adapters loaded at scale 0; yields its address."""
+    port = free_port()
+    scaled = ",".join(f"{path}:0" for path in adapters)
     arguments = ["-m", str(model), "--lora-scaled", scaled, "--host", "127.0.0.1", "--port", str(port), "-c", "512"]
-    exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", "2", "--no-warmup", "-np", "1"]
-    process = subprocess.Popen([str(server), *arguments, *exact], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [str(server), *arguments, *EXACT, *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(120):
@@ -121,7 +127,7 @@ def main(server: Path | None, compile_it: bool, angles: str, tolerance: float) -
         llm = SteeredLlama(model, steering=steering, angle=None, n_ctx=512, n_threads=2, **f32)
         tokens = list(llm.tokenize(PROMPT.encode(), add_bos=True))
         worst = 0.0
-        with running(server, model, (cos, sin)) as address:
+        with running(server, model, (cos, sin), "-t", "2", "-np", "1") as address:
             for angle in map(float, angles.split(",")):
                 llm.angle = angle
                 expected = log_softmax(llm.logits([*tokens, 0], len(tokens)))[0]
