@@ -122,22 +122,20 @@ def check_ablation(check: Checks, client: httpx.Client, hook: Answers) -> None:
 
 
 def check_gone(check: Checks, client: httpx.Client) -> None:
-    """A client that goes away, in the middle of a stream or before an answer, frees its slot long before the answer
-    would have ended."""
+    """A client that goes away in the middle of a stream frees its slot long before the answer would have ended.
+
+    Of an answer in one piece llama-server itself does not always notice, asked without us neither; that our end closes
+    is in tests/test_upstream.py.
+    """
     body = {"messages": messages("Count to a thousand."), "max_tokens": 400, "ignore_eos": True, **GREEDY}
     token_ms = said(client, "Count to a thousand.")[1]["timings"]["predicted_per_token_ms"]
-    for stream in (True, False):
-        with suppress(httpx.ReadTimeout):
-            if stream:
-                with client.stream("POST", CHAT, json={**body, "stream": True}) as answer:
-                    next(answer.iter_lines())
-            else:
-                client.post(CHAT, json=body, timeout=10 * token_ms / 1000)
-        began = time.monotonic()
-        while any(slot["is_processing"] for slot in client.get("/slots").json()):
-            time.sleep(0.1)
-        tokens = (time.monotonic() - began) * 1000 / token_ms
-        check(f"a client that goes away frees its slot ({tokens:.0f} tokens' time)", tokens < 200, True)
+    with client.stream("POST", CHAT, json={**body, "stream": True}) as answer:
+        next(answer.iter_lines())
+    began = time.monotonic()
+    while any(slot["is_processing"] for slot in client.get("/slots").json()):
+        time.sleep(0.1)
+    tokens = (time.monotonic() - began) * 1000 / token_ms
+    check(f"a client that goes away frees its slot ({tokens:.0f} tokens' time)", tokens < 200, True)
 
 
 def check_cache(check: Checks, client: httpx.Client, hook: Answers, kept: bool) -> None:
