@@ -90,6 +90,7 @@ class SteeredLlama(HookedLlama):
         self._answer: object | None = None  # the answer that has the cache
         self._answering = False
         self._lock = threading.RLock()  # held while llama.cpp works: threads that share this object take turns
+        self._placing = True  # until there is an engine
         super().__init__(model_path, file, arch, rpc=rpc, template=template, **llama)
         self._cache_stamps = CacheStamps(len(self.input_ids), [each.fingerprint for each in self.steerings])
         everywhere = self.model_params.n_gpu_layers > file.block_count and llama_cpp.llama_supports_gpu_offload()
@@ -97,13 +98,13 @@ class SteeredLlama(HookedLlama):
         self._engine: Engine = (
             HookEngine(self._hook, self.steerings) if self.engine == "hook" else LoraEngine(self, file, self.steerings)
         )
+        self._placing = False
 
     # --- the dial ---------------------------------------------------------------------------------------------
 
     @property
     def angle(self) -> float | None:
-        """The dial of the one steering; None is off. A new value acts from the next token on that this object
-        evaluates: who calls llama_decode on its context himself calls `eval` first, which puts it in place."""
+        """The dial of the one steering; None is off. A new value acts from the next token on."""
         return self._angles[self._only()]
 
     @angle.setter
@@ -141,6 +142,26 @@ class SteeredLlama(HookedLlama):
         self._scope: Scope = value
 
     @property
+    def ctx(self) -> Any:
+        """llama.cpp's context, for who calls llama_decode on it himself: at each look the dials are put in place.
+
+        What is decoded there is steered whatever the scope, and neither checked nor stamped.
+        """
+        with self._lock:
+            self._place(self._angles.actions())
+        return super().ctx
+
+    def _place(self, actions: Actions) -> None:
+        """Let the engine do `actions` from the next decode on. It asks for `ctx` itself."""
+        if self._placing:
+            return
+        self._placing = True
+        try:
+            self._engine.apply(actions)
+        finally:
+            self._placing = False
+
+    @property
     def sites_hit(self) -> int:
         """Sites at which at least one token was turned since the model was loaded."""
         return self._engine.sites_hit()
@@ -154,7 +175,7 @@ class SteeredLlama(HookedLlama):
         """Free the engine, the context, the model, then the hook that the context calls."""
         if isinstance(self.__dict__.get("_ctx"), Closed):
             return
-        self._answer = None
+        self._answer, self._placing = None, True
         if engine := self.__dict__.get("_engine"):
             engine.close()
         super().close()
@@ -215,7 +236,7 @@ class SteeredLlama(HookedLlama):
             return rows
         if self._rpc:
             check_servers(self._rpc)
-        self._engine.apply(actions)
+        self._place(actions)
         begin = self.n_tokens
         try:
             self._ctx.kv_cache_seq_rm(-1, begin, -1)
