@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 from llama_cpp._internals import LlamaBatch
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 from planted import random_steering
 
 pytest.importorskip("torch")
@@ -189,6 +190,16 @@ def test_who_decodes_on_the_context_by_himself_is_steered_too(model: Path, engin
 def test_embeddings_are_refused(model: Path) -> None:
     with pytest.raises(SteerError, match="embeddings"):
         SteeredLlama(model, embedding=True)
+
+
+def test_a_tokenizer_that_is_given_is_used(model: Path) -> None:
+    class Bytes(LlamaTokenizer):
+        def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+            return [1, 2, 3]
+
+    plain = Llama(str(model), verbose=False, **ONE_THREAD)
+    llm = SteeredLlama(model, steering=steering_for(model), angle=5, tokenizer=Bytes(plain), **ONE_THREAD)
+    assert llm.tokenize(b"anything") == [1, 2, 3]
 
 
 def test_it_survives_pickling(model: Path) -> None:
