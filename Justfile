@@ -131,6 +131,14 @@ soak-server *args:
 bench-serving *args:
     {{python}} benchmarks/serving.py --results docs/results.md {{args}}
 
+# llama-cpp-python's own tests with SteeredLlama in place of Llama, beside the plain one (quarter of an hour)
+peer-suite *args:
+    {{python}} tests/external/peer_suite.py {{args}}
+
+# Real clients of llama-cpp-python over a SteeredLlama, each in an environment of its own (downloads; half an hour)
+clients *args:
+    {{python}} tests/external/clients/run.py {{args}}
+
 # Effect and cost of every preset on both small models (half an hour)
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}

@@ -8,9 +8,12 @@ import warnings
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from llama_cpp._internals import LlamaBatch
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 from planted import random_steering
 
 pytest.importorskip("torch")
@@ -169,9 +172,34 @@ def test_a_site_that_the_architecture_lacks_is_an_error(model: Path) -> None:
         SteeredLlama(model, steering=random_steering(file.base, [Site(1, "ffn_post_norm")]), angle=5, **ONE_THREAD)
 
 
+@pytest.mark.parametrize("engine", ["hook", "lora"])
+def test_who_decodes_on_the_context_by_himself_is_steered_too(model: Path, engine: str) -> None:
+    llm = SteeredLlama(model, steering=steering_for(model), angle=30, engine=engine, **ONE_THREAD)
+    tokens = [256, 40, 50, 60]
+    batch = LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
+    batch.set_batch(tokens, 0, True)
+    for dial in (30, None, -30, 30):
+        llm.angle = dial
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), -1, 0, -1)
+        assert llama_cpp.llama_decode(llm.ctx, batch.batch) == 0
+        found = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(tokens), llm.n_vocab())).copy()
+        llm.reset()
+        assert (found == llm.logits([*tokens, 0], 1)).all()
+
+
 def test_embeddings_are_refused(model: Path) -> None:
     with pytest.raises(SteerError, match="embeddings"):
         SteeredLlama(model, embedding=True)
+
+
+def test_a_tokenizer_that_is_given_is_used(model: Path) -> None:
+    class Bytes(LlamaTokenizer):
+        def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+            return [1, 2, 3]
+
+    plain = Llama(str(model), verbose=False, **ONE_THREAD)
+    llm = SteeredLlama(model, steering=steering_for(model), angle=5, tokenizer=Bytes(plain), **ONE_THREAD)
+    assert llm.tokenize(b"anything") == [1, 2, 3]
 
 
 def test_it_survives_pickling(model: Path) -> None:

@@ -145,7 +145,7 @@ class LoraEngine:
         attached += [(adapter, 1.0)] if adapter is not None else []
         pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(attached))(*(pointer for pointer, _ in attached))
         scales = (ctypes.c_float * len(attached))(*(scale for _, scale in attached))
-        if llama_cpp.llama_set_adapters_lora(self._llm.ctx, pointers, len(attached), scales):
+        if llama_cpp.llama_set_adapters_lora(self._llm._ctx.ctx, pointers, len(attached), scales):
             raise SteerError("llama.cpp refused to attach the steering's adapter; use the hook")
         while len(self._adapters) > _KEPT:
             llama_cpp.llama_adapter_lora_free(self._adapters.popitem(last=False)[1])

@@ -96,7 +96,7 @@ class HookedLlama(Llama):  # type: ignore[misc]
                 ) from None
         compatibility.check_model(self)
         self._made = True
-        self.tokenizer_ = Tokenizer(self)
+        self.tokenizer_ = llama.get("tokenizer") or Tokenizer(self)
         self._chose_chat_format = not (llama.get("chat_format") or llama.get("chat_handler"))
         if self._chose_chat_format:
             self.chat_handler = make_chat_handler(self)

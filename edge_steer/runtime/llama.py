@@ -110,8 +110,7 @@ class SteeredLlama(HookedLlama):
 
     @property
     def angle(self) -> float | None:
-        """The dial of the one steering; None is off. A new value acts from the next token on that this object
-        evaluates: who calls llama_decode on its context himself calls `eval` first, which puts it in place."""
+        """The dial of the one steering; None is off. A new value acts from the next token on."""
         return self._angles[self._only()]
 
     @angle.setter
@@ -147,6 +146,17 @@ class SteeredLlama(HookedLlama):
         if value not in ("all", "response"):
             raise SteerError(f"expected the scope all or response, got {value!r}")
         self._scope: Scope = value
+
+    @property
+    def ctx(self) -> Any:
+        """llama.cpp's context, for who calls llama_decode on it himself: at each look the dials are put in place.
+
+        What is decoded there is steered whatever the scope, and neither checked nor stamped.
+        """
+        if engine := self.__dict__.get("_engine"):  # not while the model is made
+            with self._lock:
+                engine.apply(self._angles.actions())
+        return super().ctx
 
     @property
     def sites_hit(self) -> int:
