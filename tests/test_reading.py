@@ -21,6 +21,7 @@ from edge_steer import SteerError
 from edge_steer.architectures import MODEL_TYPES, architecture
 from edge_steer.model_file import read_model
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.reading import read_site
 from edge_steer.sites import Site, site_of_module
 from edge_steer.steering import Steering
 
@@ -34,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def steering_for(model: tiny.TinyModel, seed: int = 0, name: str = "happy", kinds: str | None = None) -> Steering:
-    """Steered at every norm, with class means of its own at each site; the middle block's are farthest apart."""
+    """Steered at every norm, with class means of its own at each site."""
     file = read_model(model.gguf_path)
     arch = architecture(file.architecture)
     steering = random_steering(
@@ -42,7 +43,7 @@ def steering_for(model: tiny.TinyModel, seed: int = 0, name: str = "happy", kind
     )
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(len(steering.sites), 2))
-    separation = [2.0 + (site.layer == 1) + site.layer for site in steering.sites]
+    separation = [2.0 + site.layer for site in steering.sites]
     return steering.with_(class_means=means, separation=separation)
 
 
@@ -177,8 +178,8 @@ def test_a_prompt_is_read_unsteered_but_for_its_last_token_where_the_answer_alon
 
 def test_what_cannot_be_read_is_refused_in_a_line(model: tiny.TinyModel) -> None:
     steering = steering_for(model)
-    older = steering.with_(class_means=np.empty((0, 2)), name="older")
-    last = steering.with_(mask=np.ones(len(steering.sites), bool), name="last")
+    older = steering_for(model, seed=1, name="older").with_(class_means=np.empty((0, 2)))
+    last = steering.with_(name="last")
     llm = steered(model, older, last)
     for names, why in ((["older"], "holds no class means.*calibrate it again"), (["sad"], "expected a steering among")):
         with pytest.raises(SteerError, match=why) as caught:
@@ -199,8 +200,6 @@ def test_what_cannot_be_read_is_refused_in_a_line(model: tiny.TinyModel) -> None
 def test_the_site_of_the_largest_separation_before_the_last_block_is_read(tmp_path: Path) -> None:
     steering = steering_for(tiny.build("llama", tmp_path))
     assert steering.separation.argmax() >= len(steering.sites) - 2  # in the last block
-    from edge_steer.runtime.reading import read_site
-
     assert read_site(steering) == Site(1, "attn_norm")
     apart = steering.class_means.copy()
     apart[steering.sites.index(Site(1, "attn_norm"))] = 1.0  # no units there
