@@ -122,7 +122,7 @@ def scripted(llm: SteeredLlama, text: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_character_of_several_tokens_comes_whole(llm: SteeredLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(llm, " \n é—🙂.", monkeypatch)
-    assert list(stream_answer(llm, [user("Hello")], Sampling())) == ["é", "—", "🙂", "."]
+    assert [piece.text for piece in stream_answer(llm, [user("Hello")], Sampling())] == ["é", "—", "🙂", "."]
 
 
 def test_a_plain_chat_ends_at_a_blank_line_and_not_at_leading_ones(
@@ -131,7 +131,7 @@ def test_a_plain_chat_ends_at_a_blank_line_and_not_at_leading_ones(
     llm.__dict__["chat_template"] = ChatTemplate.from_gguf(None, "", "")
     for says, text in (("\n\n One.\nTwo.\n\nNext", "One.\nTwo."), ("One.\n", "One.\n")):
         scripted(llm, says, monkeypatch)
-        assert "".join(stream_answer(llm, [user("Hello")], Sampling())) == text
+        assert "".join(piece.text for piece in stream_answer(llm, [user("Hello")], Sampling())) == text
 
 
 # --- the conversation -----------------------------------------------------------------------------------------------

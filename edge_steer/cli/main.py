@@ -19,7 +19,7 @@ from edge_steer._version import __version__
 from edge_steer.errors import SteerError
 
 VERBS = (
-    "demo", "calibrate", "inspect", "sweep", "generate", "chat", "serve", "export", "convert", "import", "verify",
+    "demo", "calibrate", "inspect", "sweep", "generate", "chat", "read", "serve", "export", "convert", "import", "verify",
     "presets", "models", "doctor",
 )  # fmt: skip
 

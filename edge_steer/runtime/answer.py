@@ -5,7 +5,6 @@ Every answer goes this way: those of the command line, of the chat and of the se
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
 from edge_steer.measure.metrics import log_softmax
+from edge_steer.runtime.answer_text import AnswerText
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.reading import cut_unread
 
@@ -140,7 +140,7 @@ def _pieces(
     """An answer as `stream_pieces` yields it, without readings; but with `sampling.read`, its last token is evaluated
     too."""
     most = min(sampling.max_tokens, llm.n_ctx() - len(prompt))
-    text = _Text(sampling.stop, strip)
+    text = AnswerText(sampling.stop, strip)
     count, first, last = 0, 0.0, 0.0
     finish = "stop"
     llm.set_seed(sampling.seed)
@@ -170,42 +170,6 @@ def check_room(llm: SteeredLlama, prompt: Sequence[int]) -> None:
         raise SteerError(
             f"expected a prompt of less than {llm.n_ctx()} tokens, the context, got {len(prompt)}; {llm.longer()}"
         )
-
-
-class _Text:
-    """The text of an answer, of which only what no stop text can take back is shown."""
-
-    def __init__(self, stop: Sequence[str], strip: bool) -> None:
-        self.text = ""
-        self.stopped = False
-        self._stop, self._strip, self._shown = stop, strip, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, piece: bytes) -> str:
-        """What may be shown once `piece` has come."""
-        self.text += self._decoder.decode(piece)
-        if self._strip and not self._shown:
-            self.text = self.text.lstrip()
-        ends = [at for at in (self.text.find(stop, self._shown) for stop in self._stop) if at >= 0]
-        if ends:
-            self.text, self.stopped = self.text[: min(ends)], True
-        held = 0 if self.stopped else max((_begun(self.text, stop) for stop in self._stop), default=0)
-        return self._show(len(self.text) - held)
-
-    def end(self) -> str:
-        """What is left to show when no more comes."""
-        if not self.stopped:
-            self.text += self._decoder.decode(b"", final=True)
-        return self._show(len(self.text))
-
-    def _show(self, end: int) -> str:
-        begin, self._shown = self._shown, max(end, self._shown)
-        return self.text[begin : self._shown]
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _choice(llm: SteeredLlama, token: int, count: int) -> TokenChoice:
