@@ -29,8 +29,7 @@ def choose_sites(llm: SteeredLlama, site: str | None) -> tuple[str, ...]:
     for name in names:
         if site is not None:
             llm.token_readings.choose(name, Site.parse(site))
-        with llm.token_readings.of((name,)):  # refuses before anything is said
-            pass
+    llm.token_readings.check(names)
     return names
 
 

@@ -190,8 +190,8 @@ class Repl:
         names = tuple(self.dials) if rest == "on" else ()
         if rest == "on" and not names:
             raise SteerError("there is no steering to read by; start the chat with -s FILE")
-        with self.chat.llm.token_readings.of(names):  # refuses what cannot be read
-            self.chat.sampling = replace(self.chat.sampling, read=names)
+        self.chat.llm.token_readings.check(names)
+        self.chat.sampling = replace(self.chat.sampling, read=names)
         self.note(f"reading {', '.join(names)}" if names else "not reading")
 
     def _reset(self, _: str) -> None:
