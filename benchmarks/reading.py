@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import reduce
-from operator import add
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,18 @@ MEASURED = Path(__file__).parent / "measured" / "reading"
 
 
 class Recorded:
-    """A Recorder that records each prompt once, and adds up whichever are asked for."""
+    """A Recorder that has recorded two sides of at most KEPT prompts, and adds up whichever of them are asked for."""
 
-    def __init__(self, recorder: NativeRecorder) -> None:
+    def __init__(self, recorder: NativeRecorder, prompts: PromptSet) -> None:
         self.name, self.base, self.sites = recorder.name, recorder.base, recorder.sites
-        self._recorder = recorder
-        self._sums: dict[Prompt, ClassSums] = {}
+        self._rows: dict[Prompt, NDArray[np.float32]] = {}
+        for side in (prompts.positive, prompts.negative):
+            found = recorder.sums(side, lambda _: None)
+            self._rows |= dict(zip(side, found.rows, strict=True))
+            self._sink = found.sink  # every prompt begins with the same token
 
     def sums(self, prompts: Sequence[Prompt], step: Step) -> ClassSums:
-        for prompt in prompts:
-            if prompt not in self._sums:
-                self._sums[prompt] = self._recorder.sums([prompt], step)
-        return reduce(add, (self._sums[prompt] for prompt in prompts))
+        return replace(ClassSums.of(np.stack([self._rows[prompt] for prompt in prompts])), sink=self._sink)
 
 
 def area(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -89,7 +88,7 @@ def measure(path: Path, preset: str, run: dict[str, Any]) -> dict[str, Any]:
     """Areas by kind of site, by texts (held-out prompts, answers of probes), by score."""
     prompts = load_preset(preset)
     recorder = NativeRecorder(path, sites="pre,layer_out", **run)
-    steerings = steerings_of(Recorded(recorder), prompts)
+    steerings = steerings_of(Recorded(recorder, prompts), prompts)
     recorder.close()
     llm = SteeredLlama(path, steering=list(steerings.values()), angles=dict.fromkeys(steerings), **run)
     read: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}

@@ -126,7 +126,7 @@ class Contexts:
             stack.callback(llm.close)
         try:
             with self.on(*self._names()), self.fields.null():
-                Llama.eval(self.hooked, [1, 2])
+                Llama.eval(self.hooked, [1, 2, 3])  # another number than was evaluated before: a graph of its own
         except NoEffectError:  # as it must be without a callback
             return
         raise SystemExit("expected a context without callback to be unsteered, but the hook turned tokens")
