@@ -249,6 +249,15 @@ def test_a_reading_that_is_left_ends(model: tiny.TinyModel) -> None:
     assert np.isnan(llm.token_readings.first("happy", 3)[1:]).all()
 
 
+def test_a_model_may_be_closed_while_it_is_read(model: tiny.TinyModel) -> None:
+    for read in ((), ("happy",)):
+        llm = steered(model, steering_for(model))
+        stream = stream_pieces(llm, PROMPT, Sampling(max_tokens=12, read=read))
+        next(stream)
+        llm.close()
+        stream.close()
+
+
 def test_what_cannot_be_read_is_refused_in_a_line(model: tiny.TinyModel) -> None:
     steering = steering_for(model)
     older = steering_for(model, seed=1, name="older").with_(class_means=np.empty((0, 2)))

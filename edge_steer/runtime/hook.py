@@ -171,6 +171,8 @@ class Hook:
 
     def read(self, readings: Sequence[Reading]) -> None:
         """Read each row of their sites' tensors until called with ()."""
+        if not self._pointer and not readings:  # it is closed: nothing is read
+            return
         made = (native.ReadingAddresses * len(readings))(
             *(
                 native.ReadingAddresses(

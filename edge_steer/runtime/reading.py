@@ -99,6 +99,9 @@ class TokenReadings:
     def of(self, names: Iterable[str]) -> Iterator[None]:
         """Within it, every token evaluated is read for the steerings `names`. May be nested."""
         wanted = tuple(names)
+        if not wanted:
+            yield
+            return
         self.check(wanted)
         self._wanted.update(wanted)
         self._tell()
