@@ -2,7 +2,7 @@
 
     python benchmarks/reading.py                       # three small models, all presets; goes on where it was left
     python benchmarks/reading.py --models qwen2.5-coder-1.5b --threads 8
-    python benchmarks/reading.py --table               # the tables of docs/reading.md from what is measured
+    python benchmarks/reading.py --table --results docs/reading.md     # the page's tables, from what is measured
 
 Of the prompts, every fourth pair is held out in turn, and a steering is made from the others. Of the probes, which no
 direction is made from, both answers are read as bare texts by the steering of all prompts. Each text's score is the
@@ -22,6 +22,7 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
+from page import write_part
 
 from edge_steer.calibration import calibrate
 from edge_steer.calibration.native_recorder import NativeRecorder
@@ -36,6 +37,7 @@ from edge_steer.steering import Steering
 FOLDS = 4
 KINDS = ("attn_norm", "layer_out")
 MODELS = "smollm2-135m,gemma3-270m,qwen2.5-coder-0.5b"
+TEXTS, SCORES = ("held-out prompts", "answers"), ("last", "mean")
 MEASURED = Path(__file__).parent / "measured" / "reading"
 
 
@@ -101,10 +103,10 @@ def measure(path: Path, preset: str, run: dict[str, Any]) -> dict[str, Any]:
     for side, given in enumerate((prompts.positive, prompts.negative)):
         for number, prompt in enumerate(given):
             tokens = llm.text_tokens(llm.chat_template.prompt_text(prompt))
-            note("held-out prompts", side, tokens, str(number % FOLDS))
+            note(TEXTS[0], side, tokens, str(number % FOLDS))
     for probe in prompts.probes:
         for side, text in enumerate((probe.positive, probe.negative)):
-            note("answers", side, llm.text_tokens(text), "all")
+            note(TEXTS[1], side, llm.text_tokens(text), "all")
     llm.close()
     areas: dict[str, Any] = {}
     for (kind, texts, score), sides in read.items():
@@ -114,7 +116,7 @@ def measure(path: Path, preset: str, run: dict[str, Any]) -> dict[str, Any]:
 
 def rows(models: Iterable[str]) -> Iterable[str]:
     """A Markdown table per model that has been measured."""
-    columns = [(texts, score) for texts in ("held-out prompts", "answers") for score in ("last", "mean")]
+    columns = [(texts, score) for texts in TEXTS for score in SCORES]
     for model in models:
         found = {path.stem: json.loads(path.read_text()) for path in sorted((MEASURED / model).glob("*.json"))}
         if not found:
@@ -124,7 +126,7 @@ def rows(models: Iterable[str]) -> Iterable[str]:
         yield "|---|---|" + "---|" * len(columns)
         for preset, each in found.items():
             for kind in KINDS:
-                cells = [f"{each['areas'][kind][texts][score]:.2f}" for texts, score in columns]
+                cells = [f"{each['areas'][kind][texts][score]:.3f}" for texts, score in columns]
                 yield f"| {preset} | {each['sites'][kind]} | " + " | ".join(cells) + " |"
 
 
@@ -133,7 +135,8 @@ def rows(models: Iterable[str]) -> Iterable[str]:
 @click.option("--presets", default=",".join(preset_names()), show_default=True)
 @click.option("--threads", type=int, help="Threads.  [default: llama-cpp-python's]")
 @click.option("--table", is_flag=True, help="Only print what has been measured.")
-def main(models: str, presets: str, threads: int | None, table: bool) -> None:
+@click.option("--results", type=click.Path(path_type=Path), help="The page to write the tables into.")
+def main(models: str, presets: str, threads: int | None, table: bool, results: Path | None) -> None:
     """Measure what is not measured yet, and print a Markdown table per model."""
     warnings.simplefilter("ignore", UserWarning)  # steerings of one preset overlap
     run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
@@ -146,7 +149,10 @@ def main(models: str, presets: str, threads: int | None, table: bool) -> None:
                 to.parent.mkdir(parents=True, exist_ok=True)
                 to.write_text(json.dumps(found, indent=1) + "\n")
                 click.echo(f"{model} {preset}: {json.dumps(found['areas'])}", err=True)
-    click.echo("\n".join(rows(models.split(","))))
+    text = "\n".join(rows(models.split(",")))
+    click.echo(text)
+    if results:
+        write_part(results, "reading.py", text)
 
 
 if __name__ == "__main__":
