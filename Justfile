@@ -147,6 +147,10 @@ bench-probes *args:
 bench-speed *args:
     {{python}} benchmarks/speed.py --results docs/results.md {{args}}
 
+# How well readings tell a preset's two sides apart, told on docs/reading.md (an hour on an idle machine; resumes)
+bench-reading *args:
+    {{python}} benchmarks/reading.py --results docs/reading.md {{args}}
+
 # What every method does within the damage budget: the quality part of docs/results.md (hours; resumes)
 bench-quality *args:
     {{python}} benchmarks/quality.py {{args}}

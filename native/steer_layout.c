@@ -46,6 +46,15 @@ static const struct steer_field FIELDS[] = {
     FIELD(steer_record, rows)
     SIZE(steer_record)
 
+    FIELD(steer_reading, site)
+    FIELD(steer_reading, axis)
+    FIELD(steer_reading, gain)
+    FIELD(steer_reading, offset)
+    FIELD(steer_reading, to)
+    FIELD(steer_reading, room)
+    FIELD(steer_reading, at)
+    SIZE(steer_reading)
+
     FIELD(choose_charges, repeat)
     FIELD(choose_charges, frequency)
     FIELD(choose_charges, presence)

@@ -33,8 +33,9 @@ from edge_steer.runtime.dials import (
 )
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.hook import Record
-from edge_steer.runtime.hooked_llama import Closed, HookedLlama
+from edge_steer.runtime.hooked_llama import Closed, HookedLlama, Message
 from edge_steer.runtime.measuring import read_logits, record_activations
+from edge_steer.runtime.reading import Float32, TokenReadings, prompt_tokens, read_tokens
 from edge_steer.runtime.rpc import check_servers
 from edge_steer.runtime.self_check import check_graph_path
 
@@ -98,6 +99,7 @@ class SteeredLlama(HookedLlama):
         self._lock = threading.RLock()  # held while llama.cpp works: threads that share this object take turns
         super().__init__(model_path, file, arch, rpc=rpc, template=template, **llama)
         self._cache_stamps = CacheStamps(len(self.input_ids), [each.fingerprint for each in self.steerings])
+        self.token_readings = TokenReadings(self._hook, self.steerings, len(self.input_ids))
         everywhere = self.model_params.n_gpu_layers > file.block_count and llama_cpp.llama_supports_gpu_offload()
         self.engine = choose_engine(engine, self.steerings, offloaded=everywhere)
         self._engine: Engine = (
@@ -243,7 +245,9 @@ class SteeredLlama(HookedLlama):
                     raise Cancelled
                 batch, at = tokens[first : first + self.n_batch], self.n_tokens
                 self._batch.set_batch(batch, at, every_row or self._logits_all)
+                self.token_readings.expect(at)
                 self._ctx.decode(self._batch)
+                self.token_readings.note(at, at + len(batch))
                 self.input_ids[at : at + len(batch)] = batch
                 if every_row or self._logits_all:
                     found = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
@@ -389,6 +393,7 @@ class SteeredLlama(HookedLlama):
     def load_state(self, state: Any) -> None:
         """As llama_cpp.Llama.load_state. Tokens saved under another steering state are evaluated again when used."""
         super().load_state(state)
+        self.token_readings.forget()
         saved = getattr(state, "steering", None)
         self._cache_stamps.load(self.n_tokens, saved, unsteered=not any(self._angles.actions()))
 
@@ -411,3 +416,16 @@ class SteeredLlama(HookedLlama):
         """
         with self.without_answer():
             record_activations(self, tokens, record, steered=steered)
+
+    def read(
+        self, prompt: str | Sequence[int] | Sequence[Message], names: Sequence[str] | None = None
+    ) -> dict[str, Float32]:
+        """The readings (n,) of the n tokens of a text, a chat (with its generation prompt) or tokens, by steering.
+
+        A reading is h·b1 where `token_readings.site` says, before it is turned there: −1 the mean of the negative
+        class, +1 that of the positive. Dials that are on act as on a prompt, so what earlier sites turn is in it.
+        names: of the steerings to read; None: all. Raises SteerError where a steering's file holds no class means.
+        """
+        wanted = [each.name for each in self.steerings] if names is None else list(names)
+        with self.without_answer():
+            return read_tokens(self, prompt_tokens(self, prompt), wanted)
