@@ -48,8 +48,9 @@ def main(models: str, pairs: str, work: str, threads: int, page: bool) -> None:
             if not page:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 measure(model, pair.split("+"), threads, file)
-            if file.exists():
-                cells.append((model, json.loads(file.read_text())))
+            cell = json.loads(file.read_text()) if file.exists() else {"settings": {}}
+            if {"first", "second", "both"} <= cell["settings"].keys():
+                cells.append((model, cell))
     write_part(PAGE, "interaction.py", section(cells))
 
 
