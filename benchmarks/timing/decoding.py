@@ -36,6 +36,7 @@ from edge_steer.steering import Steering
 PROMPT, GENERATED = 512, 64
 METRICS = {"prompt": f"prompt ({PROMPT}), tokens/s", "generation": f"generation ({GENERATED}), tokens/s"}
 ANGLE = 8.0
+STEERINGS = 8  # at every site
 PLAIN, CONTROL = "unsteered", "control: a second context, unsteered"
 
 
@@ -87,8 +88,9 @@ class CallbackFields:
             self._words[self._at], self._words[self._at + 1] = self._hook
 
 
-def timed(llm: Llama) -> dict[str, float]:
-    """Seconds per token of a prompt, and of generating after it: the median over its tokens."""
+def timed(llm: Llama, before: Callable[[int], None] | None = None) -> dict[str, float]:
+    """Seconds per token of a prompt, and of generating after it: the median over its tokens, what is done `before` each
+    included."""
     prompt = [1000 + i for i in range(PROMPT)]
     llm.reset()
     Llama.eval(llm, prompt[:2])  # graphs are made anew where something was switched
@@ -99,6 +101,8 @@ def timed(llm: Llama) -> dict[str, float]:
     spent = []
     for i in range(GENERATED):
         begun = time.perf_counter()
+        if before:
+            before(i)
         Llama.eval(llm, [2000 + i])
         spent.append(time.perf_counter() - begun)
     return {"prompt": evaluated / PROMPT, "generation": float(np.median(spent))}
@@ -114,7 +118,7 @@ class Contexts:
         self.run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
         self.steerings = [
             steering(self.model, self.twenty, "twenty"),
-            *(steering(self.model, self.every, f"every-{i}", 1 + i) for i in range(3)),
+            *(steering(self.model, self.every, f"every-{i}", 1 + i) for i in range(STEERINGS)),
             *(steering(self.model, upper_half(self.model, sites), sites, 4) for sites in ("layer_out", "norms")),
         ]
         self.hooked = SteeredLlama(path, steering=self.steerings, angles=dict.fromkeys(self._names()), **self.run)
@@ -125,7 +129,7 @@ class Contexts:
             stack.callback(llm.close)
         try:
             with self.on(*self._names()), self.fields.null():
-                Llama.eval(self.hooked, [1, 2])
+                Llama.eval(self.hooked, [1, 2, 3])  # of another length than before, so that a graph is made
         except NoEffectError:  # as it must be without a callback
             return
         raise SystemExit("expected a context without callback to be unsteered, but the hook turned tokens")
