@@ -143,7 +143,7 @@ clients *args:
 bench-probes *args:
     {{python}} benchmarks/probe_gaps.py {{args}}
 
-# What steering costs, told on docs/results.md (some 13 minutes, on a machine that does nothing else)
+# What steering costs, told on docs/results.md (some 15 minutes, on a machine that does nothing else)
 bench-speed *args:
     {{python}} benchmarks/speed.py --results docs/results.md {{args}}
 

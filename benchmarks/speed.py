@@ -1,6 +1,6 @@
 """What steering costs: prompts, generation, whole answers and calibration against the same without steering.
 
-python benchmarks/speed.py --results docs/results.md   # SmolLM2-135M, two shapes with random weights; some 13 minutes
+python benchmarks/speed.py --results docs/results.md   # two small models, two shapes with random weights; 15 minutes
 python benchmarks/speed.py --quick                     # SmolLM2-135M alone, without torch, in 2
 """
 
@@ -22,6 +22,7 @@ from page import write_part
 from timing import answers, calibration, decoding, shapes
 from timing.picture import draw
 from timing.rounds import Row, Times, rounds_of, shares, table
+from timing.several import several_rows
 
 import edge_steer
 from edge_steer.fetch import resolve
@@ -86,6 +87,11 @@ def model_page(
         times = timed(MODELS[name], rows, rounds, seconds)
         page += section("Prompts, then more tokens", rows, times, decoding.METRICS)
         page += [control_line(times)]
+        if name in (SMALL, STREAM):
+            told = several_rows(contexts)
+            found = timed("several steerings", told, rounds, 15 if quick else 60)
+            page += section("Several steerings, and dials that move", told, found, decoding.METRICS)
+            page += [control_line(found)]
         if small:
             told = answers.answer_rows(contexts)
             found = timed("answers", told, rounds, 15 if quick else 60)

@@ -7,6 +7,7 @@ Source of `selective` and of the operators it is compared with: arXiv 2601.19375
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ def cos_sin(degrees: float) -> tuple[float, float]:
     quarters, rest = divmod(degrees, 90.0)
     if rest == 0.0:
         return ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[int(quarters) % 4]
-    radians = np.deg2rad(degrees)
+    radians = np.deg2rad(math.remainder(degrees, 360.0))  # exact, where radians of a million turns are not
     return float(np.cos(radians)), float(np.sin(radians))
 
 

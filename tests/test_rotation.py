@@ -158,3 +158,8 @@ def test_one_row_alone_is_turned_like_a_row_among_others() -> None:
     actions: list[Action] = [TurnBy(33.0), TurnTo(33.0), TurnTo(33.0, 0.0), Ablate(), Add(0.5)]
     for action in actions:
         np.testing.assert_allclose(action(h[0], basis), action(h, basis)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("degrees", [1e6 + 1, -1e9 - 0.5, 1e15])
+def test_an_angle_of_many_turns_is_its_rest(degrees: float) -> None:
+    assert cos_sin(degrees) == pytest.approx(cos_sin(float(np.fmod(degrees, 360))), abs=1e-15)

@@ -36,6 +36,7 @@ from edge_steer.steering import Steering
 PROMPT, GENERATED = 512, 64
 METRICS = {"prompt": f"prompt ({PROMPT}), tokens/s", "generation": f"generation ({GENERATED}), tokens/s"}
 ANGLE = 8.0
+STEERINGS = 8  # at every site
 PLAIN, CONTROL = "unsteered", "control: a second context, unsteered"
 
 
@@ -88,8 +89,9 @@ class CallbackFields:
             self._words[self._at], self._words[self._at + 1] = self._hook
 
 
-def timed(llm: Llama) -> dict[str, float]:
-    """Seconds per token of a prompt, and of generating after it: the median over its tokens."""
+def timed(llm: Llama, before: Callable[[int], None] | None = None) -> dict[str, float]:
+    """Seconds per token of a prompt, and of generating after it: the median over its tokens, what is done `before` each
+    included."""
     prompt = [1000 + i for i in range(PROMPT)]
     llm.reset()
     Llama.eval(llm, prompt[:2])  # graphs are made anew where something was switched
@@ -100,6 +102,8 @@ def timed(llm: Llama) -> dict[str, float]:
     spent = []
     for i in range(GENERATED):
         begun = time.perf_counter()
+        if before:
+            before(i)
         Llama.eval(llm, [2000 + i])
         spent.append(time.perf_counter() - begun)
     return {"prompt": evaluated / PROMPT, "generation": float(np.median(spent))}
@@ -115,7 +119,7 @@ class Contexts:
         self.run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
         self.steerings = [
             steering(self.model, self.twenty, "twenty"),
-            *(steering(self.model, self.every, f"every-{i}", 1 + i) for i in range(3)),
+            *(steering(self.model, self.every, f"every-{i}", 1 + i) for i in range(STEERINGS)),
             *(steering(self.model, upper_half(self.model, sites), sites, 4) for sites in ("layer_out", "norms")),
         ]
         self.hooked = SteeredLlama(path, steering=self.steerings, angles=dict.fromkeys(self._names()), **self.run)

@@ -14,6 +14,7 @@ from edge_steer.errors import SteerError, shown
 from edge_steer.model_file import ModelFile
 
 _KNOWN = frozenset(inspect.signature(Llama.__init__).parameters) - {"self", "model_path", "kwargs"}
+NO_EMBEDDINGS = "SteeredLlama does not compute embeddings; use llama_cpp.Llama for them"
 # A vocabulary of this kind loads, and every question about one of its tokens then ends the process.
 _NO_VOCABULARY = ("none", "no_vocab")
 
@@ -21,7 +22,7 @@ _NO_VOCABULARY = ("none", "no_vocab")
 def check_arguments(file: ModelFile, given: dict[str, Any]) -> None:
     """Raise SteerError where llama.cpp cannot be given the model, or Llama one of the arguments."""
     if given.get("embedding"):
-        raise SteerError("SteeredLlama does not compute embeddings; use llama_cpp.Llama for them")
+        raise SteerError(NO_EMBEDDINGS)
     for name in given:
         if name not in _KNOWN:
             near = difflib.get_close_matches(name, [*_KNOWN, "steering", "angle", "angles", "scope", "engine"], 1)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import llama_cpp
 import numpy as np
@@ -20,7 +20,7 @@ from edge_steer.architectures import architecture
 from edge_steer.errors import NoEffectError, SteerError
 from edge_steer.model_file import read_model
 from edge_steer.rotation import Action
-from edge_steer.runtime.arguments import check_arguments
+from edge_steer.runtime.arguments import NO_EMBEDDINGS, check_arguments
 from edge_steer.runtime.cache import CacheStamps, Scope
 from edge_steer.runtime.dials import (
     FILE_DEFAULT,
@@ -396,6 +396,10 @@ class SteeredLlama(HookedLlama):
         self.token_readings.forget()
         saved = getattr(state, "steering", None)
         self._cache_stamps.load(self.n_tokens, saved, unsteered=not any(self._angles.actions()))
+
+    def embed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refused, as SteeredLlama(embedding=True) is: it empties the cache past the rule."""
+        raise SteerError(NO_EMBEDDINGS)
 
     # --- measuring and recording ------------------------------------------------------------------------------
 

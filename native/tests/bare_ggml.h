@@ -7,7 +7,7 @@
 
 #include "../steer.h"
 
-enum { FAKE_F32 = 0, FAKE_NAME = 64 };
+enum { FAKE_F32 = 0, FAKE_NAME = 64, FAKE_MUL = 1, FAKE_ADD = 2, FAKE_CUSTOM = 3, FAKE_USER_DATA = 16 };
 
 struct ggml_tensor {
     int32_t type;
@@ -17,6 +17,9 @@ struct ggml_tensor {
     float *data; /* `room` floats, or null */
     size_t room;
     char name[FAKE_NAME];
+    int32_t op;
+    unsigned char params[64];
+    struct ggml_tensor *src[2];
 };
 
 static char fake_host, fake_device;
@@ -59,5 +62,33 @@ static const struct steer_ggml fake_ggml = {
     .buffer_offset = offsetof(struct ggml_tensor, buffer),
     .type_f32 = FAKE_F32,
 };
+
+/* ---- for the path inside the graph: a host's memory is the CPU's; what is elsewhere can only be copied ---------- */
+
+static void fake_never(void) { abort(); }
+static void *fake_type(void *buffer) { return buffer; }
+static void *fake_device_of(void *type) { return type == &fake_host ? NULL : type; }
+static int fake_dev_type(void *device) { return device == &fake_device ? 4 /* GGML_BACKEND_DEVICE_TYPE_META */ : 0; }
+
+static inline struct steer_device_ggml fake_devices(void) {
+#define FAKE_NEVER(result, field, name, arguments) .field = (result(*) arguments)fake_never,
+    struct steer_device_ggml devices = {STEER_DEVICE_FUNCTIONS(FAKE_NEVER).host_device = &fake_device};
+    devices.buffer_get_type = fake_type;
+    devices.buft_get_device = fake_device_of;
+    devices.dev_type = fake_dev_type;
+    return devices;
+}
+
+static inline struct steer_graph_ggml fake_graph(void) {
+    struct steer_graph_ggml graph = {.op_offset = offsetof(struct ggml_tensor, op),
+                                     .params_offset = offsetof(struct ggml_tensor, params),
+                                     .source_offset = offsetof(struct ggml_tensor, src),
+                                     .user_data_offset = FAKE_USER_DATA,
+                                     .op_mul = FAKE_MUL,
+                                     .op_add = FAKE_ADD,
+                                     .op_custom = FAKE_CUSTOM};
+    graph.custom_params[0] = 77; /* in the place of the function's address */
+    return graph;
+}
 
 #endif

@@ -1,5 +1,6 @@
 /* The path inside the graph as ggml runs it: several threads turn rows of one tensor, while another model with a hook
- * of its own does the same. For `just native-tsan`; prints the number of rows that were compared.
+ * of its own does the same. Graphs are kept; the dial is another at every token, and off at every third. For
+ * `just native-tsan`; prints the number of rows that were compared.
  */
 #include "fake_ggml.h"
 
@@ -55,6 +56,10 @@ static void *model(void *given) {
     for (int token = 0; token < TOKENS; token++) {
         for (int i = 0; i < ROWS * D; i++) (&a[0][0])[i] = (float)((i * 7 + token) % 13) - 6;
         for (int i = 0; i < D; i++) w[i] = (float)(i % 3) + 0.5f;
+        if (token % 3 == 2) {
+            DEMAND(steer_dial(hook, id, NULL) == STEER_OK && !steer_eval(&t, true, hook) && t.op == '*');
+            continue;
+        }
         const double turn = (double)dial * (token + 1);
         DEMAND(steer_dial(hook, id, (const double[]){cos(turn) - 1, sin(turn), 0}) == STEER_OK);
         for (int i = 0; i < ROWS * D; i++) (&expected[0][0])[i] = (&a[0][0])[i] * w[i % D];
@@ -70,7 +75,7 @@ static void *model(void *given) {
         DEMAND(memcmp(h, expected, sizeof h) == 0);
         compared += ROWS;
     }
-    DEMAND(reached == TOKENS && turned == compared);
+    DEMAND(reached * ROWS == compared && turned == compared);
     steer_free(hook);
     return NULL;
 }
@@ -80,6 +85,6 @@ int main(void) {
     pthread_t models[2];
     for (int i = 0; i < 2; i++) DEMAND(pthread_create(&models[i], NULL, model, &dials[i]) == 0);
     for (int i = 0; i < 2; i++) pthread_join(models[i], NULL);
-    printf("%d rows on %d threads as on one\n", 2 * TOKENS * ROWS, THREADS);
+    printf("%d rows on %d threads as on one\n", 2 * (TOKENS - TOKENS / 3) * ROWS, THREADS);
     return 0;
 }

@@ -1,5 +1,6 @@
 /* libFuzzer target for steer.h: the input is a program of calls on one hook, with arguments out of range, dials and
- * planes that are not finite, memory that runs out, and graph nodes of any name, type, shape and place.
+ * planes that are not finite, memory that runs out, and graph nodes of any name, operator, type, shape and place, which
+ * are kept from one decode to the next or made anew.
  *
  * Arrays are exactly as long as the header says they must be, so that AddressSanitizer sees a step past their end.
  * Run by `just fuzz-native SECONDS`.
@@ -7,6 +8,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include "../../native/steer_parts.h"
 #include "../../native/tests/bare_ggml.h"
 
 enum { MOST_SITES = 12, MOST_ROWS = 5, MOST_WIDTH = 40, TENSORS = 6, MOST_READINGS = 3, MOST_CALLS = 200 };
@@ -43,11 +45,12 @@ static int64_t about(int64_t below) {
 /* Mostly in 1 … most. */
 static int64_t from_one(int64_t most) { return (int64_t)((uint64_t)about(most) + 1); }
 
+static float usual(void) { return ((float)byte() - 130) / 64; }
+
 static float number(void) {
     static const float odd[] = {0, 1, -1, 0.5f, NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-40f};
     const uint8_t choice = byte();
-    if (choice < 10) return odd[choice];
-    return ((float)choice - 130) / 64;
+    return choice < 10 ? odd[choice] : usual();
 }
 
 /* ---- memory that runs out: the library is compiled with these in place of malloc and its kin ------------------ */
@@ -67,9 +70,10 @@ static struct {
     steer_hook *hook;
     int64_t d, reached[MOST_SITES], turned[MOST_SITES];
     int32_t n_sites;
+    bool has_graph, recording;
     struct steer_record record;
     struct steer_reading reading[MOST_READINGS];
-    struct ggml_tensor tensor[TENSORS];
+    struct ggml_tensor tensor[TENSORS], own[TENSORS], source[TENSORS][2]; /* own: as the graph was made */
 } it;
 
 static void demand(bool truth, const char *what) {
@@ -89,6 +93,7 @@ static void drop_readings(void) {
 static void close_hook(void) {
     steer_free(it.hook);
     it.hook = NULL;
+    it.has_graph = it.recording = false;
     free(it.record.sum);
     free(it.record.sum_unit);
     free(it.record.sum_norm);
@@ -98,8 +103,19 @@ static void close_hook(void) {
     drop_readings();
 }
 
+static void free_node(int i) {
+    for (int k = 0; k < 2; k++) {
+        struct ggml_tensor *source = &it.source[i][k];
+        if (source->data != it.tensor[i].data) free(source->data); /* else the node works in place */
+        memset(source, 0, sizeof *source);
+    }
+    free(it.tensor[i].data);
+    memset(&it.tensor[i], 0, sizeof it.tensor[i]);
+}
+
 static void open_hook(void) {
     close_hook();
+    for (int i = 0; i < TENSORS; i++) free_node(i); /* a graph goes with its context */
     it.d = it.n_sites = 1;
     const char *kind[MOST_SITES];
     int32_t layer[MOST_SITES];
@@ -112,9 +128,14 @@ static void open_hook(void) {
     const int64_t d = from_one(MOST_WIDTH);
     const int32_t n = (int32_t)from_one(MOST_SITES);
     struct steer_ggml ggml = fake_ggml;
-    const uint8_t missing = byte();
+    struct steer_device_ggml devices = fake_devices();
+    struct steer_graph_ggml graph = fake_graph();
+    const uint8_t missing = byte(), ways = byte();
     if (missing == 1) ggml.get_name = NULL;
     if (missing == 2) ggml.tensor_set = NULL;
+    if (ways < 230) ggml.device = &devices;
+    if (ways < 220 || ways > 250) ggml.graph = &graph;
+    if (ways == 0) graph.user_data_offset = (size_t)any64();
     if (n > MOST_SITES && n <= 1 << 20) return; /* the arrays would have to be as long */
     const int32_t status = steer_new(missing == 3 ? NULL : &ggml, d, n, missing == 4 ? NULL : kind,
                                      missing == 5 ? NULL : layer, missing == 6 ? NULL : it.reached,
@@ -123,6 +144,7 @@ static void open_hook(void) {
     if (it.hook == NULL) return;
     it.d = d;
     it.n_sites = n;
+    it.has_graph = ggml.graph != NULL;
 }
 
 static void add(void) {
@@ -133,12 +155,13 @@ static void add(void) {
     if (size > 1 << 16) return;
     int32_t *site = malloc(count * sizeof *site), *plane = malloc(count * sizeof *plane), id = -7;
     float *scale = malloc(count * sizeof *scale), *basis = malloc(size * sizeof *basis);
+    const bool in_order = byte() < 220, all_usual = byte() < 220; /* else most steerings would be refused */
     for (size_t i = 0; i < count; i++) {
-        site[i] = (int32_t)about(it.n_sites);
+        site[i] = in_order ? (int32_t)i : (int32_t)about(it.n_sites);
         plane[i] = (int32_t)about(n_planes > 0 ? n_planes : 1);
-        scale[i] = number();
+        scale[i] = all_usual ? usual() : number();
     }
-    for (size_t i = 0; i < size; i++) basis[i] = number();
+    for (size_t i = 0; i < size; i++) basis[i] = all_usual ? usual() : number();
     const uint8_t missing = byte();
     const int32_t status = steer_add(missing == 1 ? NULL : it.hook, op, n, missing == 2 ? NULL : site,
                                      missing == 3 ? NULL : plane, missing == 4 ? NULL : scale, n_planes,
@@ -159,6 +182,7 @@ static void dial(void) {
 static void record(void) {
     if (it.hook == NULL || byte() < 60) {
         steer_set_record(it.hook, NULL);
+        it.recording = false;
         return;
     }
     const size_t sites = (size_t)it.n_sites, all = sites * (size_t)it.d;
@@ -175,6 +199,30 @@ static void record(void) {
     if (which & 8) some.count = NULL;
     if (which & 16) some.rows = NULL;
     steer_set_record(it.hook, &some);
+    it.recording = true;
+}
+
+/* An operator and sources, mostly such as a site's tensor has them. */
+static void give_operator(struct ggml_tensor *t, struct ggml_tensor source[2]) {
+    const uint8_t choice = byte();
+    t->op = choice < 110 ? FAKE_MUL : choice < 220 ? FAKE_ADD : choice < 230 ? FAKE_CUSTOM : byte();
+    if (byte() > 250) t->params[byte() % sizeof t->params] = byte();
+    for (int k = 0; k < 2; k++) {
+        struct ggml_tensor *s = &source[k];
+        const uint8_t shape = byte();
+        *s = *t;
+        s->op = 0;
+        if (k == 1 && shape < 100) s->rows = 1, s->elements = it.d;
+        if (shape > 230) s->rows = about(MOST_ROWS), s->elements = about(4 * MOST_WIDTH);
+        if (shape > 220 && shape <= 230) s->rows = about(MOST_ROWS);
+        if (shape > 210 && shape <= 220) s->type = byte();
+        if (shape > 200 && shape <= 210) s->contiguous = false;
+        s->room = s->elements > 0 && s->elements <= 1 << 20 ? (size_t)s->elements : 0;
+        const bool in_place = k == 0 && s->room == t->room && t->data && shape % 4 == 0;
+        s->data = in_place ? t->data : s->room ? malloc(s->room * sizeof(float)) : NULL;
+        for (size_t i = 0; i < s->room && !in_place; i++) s->data[i] = i < 16 ? number() : 2;
+        t->src[k] = byte() == 0 ? NULL : s;
+    }
 }
 
 static void read_rows(void) {
@@ -195,10 +243,11 @@ static void read_rows(void) {
 }
 
 /* A node as a graph of llama.cpp might have it, or never has. The address of an earlier one may come again. */
-static struct ggml_tensor *node(void) {
-    struct ggml_tensor *t = &it.tensor[byte() % TENSORS];
-    free(t->data);
-    memset(t, 0, sizeof *t);
+static int node(void) {
+    const int i = byte() % TENSORS;
+    struct ggml_tensor *t = &it.tensor[i];
+    if (t->data && byte() < 100) return i; /* the graph is kept */
+    free_node(i);
     const uint8_t named = byte();
     if (named < 200) {
         snprintf(t->name, sizeof t->name, "%s-%d", KINDS[named % 4], byte() % 4);
@@ -218,17 +267,54 @@ static struct ggml_tensor *node(void) {
     t->room = t->elements > 0 && t->elements <= 1 << 20 ? (size_t)t->elements : 0;
     t->data = where == 7 || t->room == 0 ? NULL : malloc(t->room * sizeof(float));
     if (t->data == NULL) t->room = 0;
-    for (size_t i = 0; i < t->room; i++) t->data[i] = i < 64 ? number() : 1;
-    return t;
+    for (size_t k = 0; k < t->room; k++) t->data[k] = k < 64 ? number() : 1;
+    give_operator(t, it.source[i]);
+    it.own[i] = *t;
+    return i;
+}
+
+/* A node that was made to turn what it computes, by so many threads one after the other. */
+static void compute_inside(struct ggml_tensor *t, int32_t op, const int64_t *reached, const int64_t *turned) {
+    int32_t site = -1;
+    for (int32_t s = 0; s < it.n_sites; s++) {
+        demand(it.reached[s] - reached[s] == (it.turned[s] > turned[s]), "who goes inside is counted, once");
+        if (it.reached[s] > reached[s]) site = s;
+    }
+    demand(site >= 0 && it.turned[site] - turned[site] == t->rows, "every row is counted");
+    const size_t size = (size_t)t->elements;
+    float *expected = malloc(size * sizeof *expected);
+    const struct ggml_tensor *a = t->src[0], *b = t->src[1];
+    void *inside;
+    memcpy(&inside, t->params + FAKE_USER_DATA, sizeof inside);
+    demand(op == FAKE_MUL || op == FAKE_ADD, "only products and sums go inside");
+    demand(t->contiguous && a->contiguous && b->contiguous && t->type + a->type + b->type == 0, "F32 in one piece");
+    demand(!it.recording, "no way inside while recording");
+    demand(a->rows == t->rows && (b->rows == 1 || b->rows == t->rows), "rows of one width");
+    for (size_t k = 0; k < size; k++) {
+        const float y = b->data[k % b->room];
+        expected[k] = op == FAKE_MUL ? a->data[k] * y : a->data[k] + y;
+    }
+    demand(steer_rows(it.hook, site, expected, t->rows) == STEER_OK, "rows are turned");
+    const int threads = 1 + byte() % 6;
+    for (int k = 0; k < threads; k++) steer_in_graph(t, k, threads, inside);
+    for (size_t k = 0; k < size; k++) {
+        demand(memcmp(&expected[k], &t->data[k], sizeof *expected) == 0 || (isnan(expected[k]) && isnan(t->data[k])),
+               "inside the graph as afterwards");
+    }
+    free(expected);
 }
 
 static void eval(void) {
     if (it.hook == NULL) return;
-    struct ggml_tensor *t = node();
+    const int i = node();
+    struct ggml_tensor *t = &it.tensor[i];
+    int64_t reached[MOST_SITES], turned[MOST_SITES];
+    memcpy(reached, it.reached, sizeof reached);
+    memcpy(turned, it.turned, sizeof turned);
     float *before = malloc(t->room * sizeof(float) + 1);
     if (t->room) memcpy(before, t->data, t->room * sizeof(float));
     const uint8_t how = byte();
-    const bool asked = how < 16 || steer_eval(t, true, it.hook);
+    const bool asked = (how < 16 && t->op == it.own[i].op) || steer_eval(t, true, it.hook);
     demand(t->room == 0 || memcmp(before, t->data, t->room * sizeof(float)) == 0, "asking changes nothing");
     if (asked) {
         const bool good = steer_eval(t, false, it.hook);
@@ -238,6 +324,13 @@ static void eval(void) {
         const int32_t status = good ? STEER_OK : steer_take_status(it.hook, &site);
         demand(good || (status != STEER_OK && site >= 0 && site < it.n_sites), "a refusal has a status and a site");
     }
+    const struct ggml_tensor *own = &it.own[i];
+    const bool inside = t->op != own->op || memcmp(t->params, own->params, sizeof t->params) != 0;
+    const bool plain = memcmp(own->params, (unsigned char[sizeof own->params]){0}, sizeof own->params) == 0;
+    const bool counted = memcmp(reached, it.reached, sizeof reached) != 0;
+    demand(!inside || (it.has_graph && !asked && plain && t->op == FAKE_CUSTOM && counted),
+           "what is not turned inside is as it was made");
+    if (inside && byte() < 200) compute_inside(t, own->op, reached, turned); /* else that is left undone */
     free(before);
 }
 
@@ -275,7 +368,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         case 1: case 2: add(); break;
         case 3: case 4: dial(); break;
         case 5: record(); break;
-        case 6: steer_set_path(it.hook, (int32_t)about(3)); break;
+        case 6: steer_set_path(it.hook, (int32_t)about(6)); break;
         case 7: rows(); break;
         case 8: names(); break;
         case 10: read_rows(); break;
@@ -285,9 +378,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     for (int i = 0; i < MOST_SITES; i++) demand(it.reached[i] >= 0 && it.turned[i] >= 0, "counters only grow");
     close_hook();
-    for (int i = 0; i < TENSORS; i++) {
-        free(it.tensor[i].data);
-        it.tensor[i].data = NULL;
-    }
+    for (int i = 0; i < TENSORS; i++) free_node(i);
     return 0;
 }
