@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edge_steer.errors import SteerError
 from edge_steer.rotation import Action
@@ -31,6 +32,7 @@ class Dials(MutableMapping[str, "float | None"]):
         self._steerings = {steering.name: steering for steering in steerings}
         self._values: dict[str, float | None] = dict.fromkeys(self._steerings)
         self._actions: tuple[Action | None, ...] = (None,) * len(self._steerings)
+        self._scaled: tuple[Any, tuple[float, ...], tuple[Action | None, ...]] = (None, (), ())
 
     def __getitem__(self, name: str) -> float | None:
         self._demand(name)
@@ -57,6 +59,17 @@ class Dials(MutableMapping[str, "float | None"]):
     def actions(self) -> tuple[Action | None, ...]:
         """What each steering does now, in order; the same tuple until a dial is set."""
         return self._actions
+
+    def scaled(self, factors: tuple[float, ...]) -> tuple[Action | None, ...]:
+        """What each does with its dial multiplied by a factor from 0, which is off, to 1; the same tuple for the same
+        dials and factors, asked for again."""
+        if self._scaled[0] is not self._actions or self._scaled[1] != factors:
+            found = tuple(
+                action if factor == 1 else each.action((self._values[each.name] or 0.0) * factor) if factor else None
+                for each, action, factor in zip(self._steerings.values(), self._actions, factors, strict=True)
+            )
+            self._scaled = (self._actions, factors, found)
+        return self._scaled[2]
 
     def _demand(self, name: str) -> None:
         if name not in self._steerings:
