@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_steer.errors import SteerError
+from edge_steer.gate import Gate, split_gate
 from edge_steer.rotation import Action
 from edge_steer.steering import Steering
 
@@ -142,6 +143,30 @@ def split_dial(argument: str) -> tuple[str, float | None]:
     return argument, None
 
 
+def split_argument(argument: str) -> tuple[str, float | None, str | None]:
+    """`FILE:ANGLE@GATE` as its three parts, of which the last two may be absent.
+
+    Not where there is a file of the whole name. A gate begins behind the first name of a file, else where a condition
+    is known.
+    """
+    if not Path(argument).is_file():
+        for at in (place for place, sign in enumerate(argument) if sign == "@"):
+            path, dial = split_dial(argument[:at])
+            if Path(path).is_file():
+                return path, dial, argument[at:]
+        argument, gate = split_gate(argument)
+        return *split_dial(argument), gate
+    return *split_dial(argument), None
+
+
+def load_argument(argument: str) -> tuple[list[Steering], float | None]:
+    """The steerings of a `FILE:ANGLE@GATE` argument, with its gate in place of their own, and its dial."""
+    path, dial, text = split_argument(argument)
+    gate = None if text is None else str(Gate.parse(text) or "")
+    found = Steering.load_all(path)
+    return found if gate is None else [each.with_(gate=gate) for each in found], dial
+
+
 def named_steerings(
     arguments: Sequence[str],
     *,
@@ -149,7 +174,7 @@ def named_steerings(
     strength: float | None = None,
     may_be_off: bool = False,
 ) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
-    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default.
+    """Steerings of `FILE:ANGLE@GATE` arguments and their dials: option before FILE:ANGLE before file default.
 
     may_be_off: a steering without any of them is off; else SteerError is raised.
     """
@@ -158,8 +183,8 @@ def named_steerings(
     steerings: list[Steering] = []
     dials: dict[str, float | None] = {}
     for argument in arguments:
-        path, dial = split_dial(argument)
-        for each in Steering.load_all(path):
+        found, dial = load_argument(argument)
+        for each in found:
             steerings.append(each)
             if strength is not None:
                 dials[each.name] = each.at_strength(strength)
