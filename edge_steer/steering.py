@@ -40,6 +40,8 @@ class Steering:
     basis:      (L, rank, d) float32, orthonormal rows b1 (and b2) of each plane.
     separation: (S,) float32, distance of the class means along b1 in pooled standard deviations; NaN: not measured.
     mean_norm:  (S,) float32, mean ‖h‖ at the site; NaN: not measured.
+    class_means: (S, 2) float32, mean h·b1 of the negative and of the positive class, b1 as in `basis`; NaN: not
+                measured. What a steering does is the same without them.
     threshold:  of `adaptive`. angle: default dial. angle_min, angle_max: safe range. NaN: not measured. All four are
                 rounded to float32, as the file holds them.
     provisional: whether the range is calibration's quick measure; `sweep --write` replaces it.
@@ -56,6 +58,7 @@ class Steering:
     base: BaseModel
     separation: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     mean_norm: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    class_means: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 2), np.float32))
     description: str = ""
     positive: str = "positive"
     negative: str = "negative"
@@ -68,16 +71,17 @@ class Steering:
     made: Made = field(default_factory=Made)
 
     def __post_init__(self) -> None:
-        unmeasured = np.full(len(self.sites), np.nan, np.float32)
+        count = len(self.sites)
+        unmeasured = {"separation": (count,), "mean_norm": (count,), "class_means": (count, 2)}
         parts: dict[str, Any] = {
             "sites": tuple(self.sites),
             "mask": frozen(self, "mask", np.bool_, self.mask, "b", BOOL),
             "site_plane": frozen(self, "site_plane", np.uint32, self.site_plane, "iu", UINT32),
             "basis": frozen(self, "basis", np.float32, self.basis),
         }
-        for name in ("separation", "mean_norm"):
+        for name, shape in unmeasured.items():
             given = getattr(self, name)
-            parts[name] = frozen(self, name, np.float32, given if len(given) else unmeasured)
+            parts[name] = frozen(self, name, np.float32, given if len(given) else np.full(shape, np.nan))
         for name in ("threshold", "angle", "angle_min", "angle_max"):
             parts[name] = float(frozen(self, name, np.float32, getattr(self, name)))
         for name, value in parts.items():

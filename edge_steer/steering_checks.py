@@ -103,6 +103,8 @@ def _check_sites(steering: Steering) -> None:
     for name in ("mask", "site_plane", "separation", "mean_norm"):
         shape = getattr(steering, name).shape
         demand(steering, shape == (count,), f"{name} of one value per site ({count})", f"shape {shape}")
+    shape = steering.class_means.shape
+    demand(steering, shape == (count, 2), f"class_means of two values per site ({count})", f"shape {shape}")
 
 
 def _check_planes(steering: Steering) -> None:

@@ -41,7 +41,7 @@ _STEERING: dict[str, Kind] = {
     "mask": _array_of(GGUFValueType.BOOL),
     "site_plane": _array_of(GGUFValueType.UINT32),
     "rank": _U32,
-    **dict.fromkeys(("basis", "separation", "mean_norm"), _array_of(GGUFValueType.FLOAT32)),
+    **dict.fromkeys(("basis", "separation", "mean_norm", "class_means"), _array_of(GGUFValueType.FLOAT32)),
     **dict.fromkeys(("threshold", "angle", "angle_min", "angle_max"), _F32),
     "provisional": _BOOL,
     "gate": _TEXT,
@@ -84,6 +84,8 @@ def read(path: Path) -> list[Fields]:
         prefix = f"steering.{number}."
         fields = _section(path, values, prefix, _STEERING, _REQUIRED)
         fields["basis"] = _planes(path, prefix, fields["basis"], fields.pop("rank"), base["embedding_length"])
+        if "class_means" in fields:
+            fields["class_means"] = _pairs(path, f"{prefix}class_means", fields["class_means"])
         own = _section(path, values, f"{prefix}made.", _MADE)
         steerings.append({**fields, "base": base, "made": own or made})
     return steerings
@@ -127,6 +129,12 @@ def _planes(path: Path, prefix: str, basis: np.ndarray[Any, Any], rank: int, wid
     return basis.reshape(-1, rank, width)
 
 
+def _pairs(path: Path, key: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if values.size % 2:
+        raise FormatError(f"{path}: expected {key} of two values per site, got {values.size} values")
+    return values.reshape(-1, 2)
+
+
 def metadata(steerings: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
     """The keys of `steerings` with their values, for a file of their own or to embed in a model's GGUF.
 
@@ -148,12 +156,8 @@ def metadata(steerings: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
 
     sections: list[tuple[str, Mapping[str, Kind], Mapping[str, Any]]] = []
     for number, steering in enumerate(steerings):
-        fields = {
-            **steering,
-            "gate": steering["gate"] or None,
-            "rank": steering["basis"].shape[1],
-            "basis": steering["basis"].ravel(),
-        }
+        fields = {**steering, "gate": steering["gate"] or None, "rank": steering["basis"].shape[1]}
+        fields.update((name, steering[name].ravel()) for name in ("basis", "class_means"))
         sections.append((f"steering.{number}.", _STEERING, fields))
         if steering["made"] != made:
             sections.append((f"steering.{number}.made.", _MADE, steering["made"]))

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_NODES = 1 << 16, NOT_A_SITE = -1 };
-
 int32_t steer_abi(void) { return STEER_ABI; }
 
 static void record_row(const steer_hook *hook, int32_t site, const float *h) {
@@ -25,104 +23,13 @@ static void record_row(const steer_hook *hook, int32_t site, const float *h) {
     if (to->rows) memcpy(to->rows + at, h, (size_t)d * sizeof(float));
 }
 
-/* ---- which node is which site --------------------------------------------------------------------------------- */
-
-static int32_t numberless(int32_t kind) { return -2 - kind; }
-
-static int32_t find_site(const steer_hook *hook, int32_t kind, int32_t layer) {
-    for (int32_t i = 0; i < hook->n_sites; i++) {
-        if (hook->sites[i].kind == kind && hook->sites[i].layer == layer) return i;
-    }
-    return NOT_A_SITE;
-}
-
-static int32_t find_kind(const steer_hook *hook, const char *name, size_t length) {
-    for (int32_t k = 0; k < hook->n_kinds; k++) {
-        if (strlen(hook->kind[k]) == length && memcmp(hook->kind[k], name, length) == 0) return k;
-    }
-    return -1;
-}
-
-/* "ffn_norm-12" is site (ffn_norm, 12); "ffn_norm" alone is told by order. */
-static int32_t resolve(const steer_hook *hook, const char *name) {
-    const char *dash = strrchr(name, '-');
-    if (dash == NULL) {
-        const int32_t kind = find_kind(hook, name, strlen(name));
-        return kind < 0 ? NOT_A_SITE : numberless(kind);
-    }
-    const int32_t kind = find_kind(hook, name, (size_t)(dash - name));
-    if (kind < 0 || dash[1] == '\0') return NOT_A_SITE;
-    int32_t layer = 0;
-    for (const char *c = dash + 1; *c; c++) {
-        if (*c < '0' || *c > '9' || layer > 100000) return NOT_A_SITE;
-        layer = layer * 10 + (*c - '0');
-    }
-    return find_site(hook, kind, layer);
-}
-
-static struct node *slot_for(struct node *nodes, int32_t n_slots, const struct ggml_tensor *tensor) {
-    const uint32_t mask = (uint32_t)n_slots - 1;
-    uint32_t i = (uint32_t)(((uint64_t)(uintptr_t)tensor * 0x9E3779B97F4A7C15ull) >> 32) & mask;
-    while (nodes[i].tensor != NULL && nodes[i].tensor != tensor) i = (i + 1) & mask;
-    return &nodes[i];
-}
-
-static bool grow(steer_hook *hook) {
-    if (hook->n_nodes >= MAX_NODES) { /* addresses of graphs long gone: start again */
-        memset(hook->nodes, 0, (size_t)hook->n_slots * sizeof(struct node));
-        hook->n_nodes = 0;
-        return true;
-    }
-    const int32_t n_slots = hook->n_slots ? 2 * hook->n_slots : 4096;
-    struct node *nodes = calloc((size_t)n_slots, sizeof(struct node));
-    if (nodes == NULL) return false;
-    for (int32_t i = 0; i < hook->n_slots; i++) {
-        if (hook->nodes[i].tensor) *slot_for(nodes, n_slots, hook->nodes[i].tensor) = hook->nodes[i];
-    }
-    free(hook->nodes);
-    hook->nodes = nodes;
-    hook->n_slots = n_slots;
-    return true;
-}
-
-/* Parses the name of a node that is new, or another than at this address before. */
-static struct node *learn(steer_hook *hook, struct node *node, const struct ggml_tensor *tensor, const char *name) {
-    if (node == NULL || node->tensor == NULL) {
-        if (2 * (hook->n_nodes + 1) > hook->n_slots) {
-            if (!grow(hook)) return NULL;
-            node = slot_for(hook->nodes, hook->n_slots, tensor);
-        }
-        hook->n_nodes++;
-    }
-    node->tensor = tensor;
-    memcpy(node->name, name, NAME);
-    node->site = resolve(hook, name);
-    return node;
-}
-
-/* The site of a node, or NOT_A_SITE. */
-static int32_t site_of(steer_hook *hook, const struct ggml_tensor *tensor) {
-    struct node *node = hook->n_slots ? slot_for(hook->nodes, hook->n_slots, tensor) : NULL;
-    const char *name = hook->ggml.get_name(tensor);
-    if (node == NULL || node->tensor == NULL || memcmp(node->name, name, NAME) != 0) {
-        node = learn(hook, node, tensor, name);
-        if (node == NULL) {
-            hook->status = STEER_NO_MEMORY;
-            return NOT_A_SITE;
-        }
-    }
-    if (node->site == NOT_A_SITE) return NOT_A_SITE;
-    if (node->site < 0) return find_site(hook, -2 - node->site, hook->layer);
-    hook->layer = hook->sites[node->site].layer;
-    return node->site;
-}
-
 /* ---- the ways to a tensor's memory ---------------------------------------------------------------------------- */
 
 static int32_t act_in_place(steer_hook *hook, int32_t site, struct ggml_tensor *tensor, int64_t n) {
     float *rows = hook->ggml.get_data(tensor);
     if (rows == NULL) return STEER_NO_BUFFER;
     if (hook->recording) record_row(hook, site, rows + (n - 1) * hook->d);
+    if (hook->sites[site].read) steer_read_rows(hook, site, rows, n);
     steer_turn_rows(hook->steerings, &hook->sites[site], hook->d, rows, n);
     return STEER_OK;
 }
@@ -145,6 +52,14 @@ static int32_t record_copy(steer_hook *hook, int32_t site, const struct ggml_ten
     if (row == NULL) return STEER_NO_MEMORY;
     hook->ggml.tensor_get(tensor, row, (size_t)(n - 1) * row_size, row_size);
     record_row(hook, site, row);
+    return STEER_OK;
+}
+
+static int32_t read_copy(steer_hook *hook, int32_t site, const struct ggml_tensor *tensor, int64_t n) {
+    float *rows = scratch(hook, n);
+    if (rows == NULL) return STEER_NO_MEMORY;
+    hook->ggml.tensor_get(tensor, rows, 0, (size_t)(n * hook->d) * sizeof(float));
+    steer_read_rows(hook, site, rows, n);
     return STEER_OK;
 }
 
@@ -185,9 +100,9 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
     if (!ggml->is_contiguous(tensor)) return STEER_BAD_LAYOUT;
     if (buffer == NULL || ggml->get_data(tensor) == NULL) return STEER_NO_BUFFER; /* ggml would end the process */
 
-    const bool host = ggml->buffer_is_host(buffer), turn = hook->sites[site].n_on > 0;
+    const bool host = ggml->buffer_is_host(buffer), turn = hook->sites[site].n_on > 0, read = hook->sites[site].read;
     int32_t status = STEER_OK;
-    if (hook->path == STEER_PATH_GRAPH && !hook->recording) {
+    if (hook->path == STEER_PATH_GRAPH && !hook->recording && !read) {
         status = STEER_NO_GRAPH; /* it would have been turned there */
     } else if (host && hook->path != STEER_PATH_COPY && hook->path != STEER_PATH_DEVICE) {
         status = act_in_place(hook, site, tensor, n);
@@ -195,6 +110,7 @@ static int32_t act_on(steer_hook *hook, int32_t site, struct ggml_tensor *tensor
         status = STEER_NO_BUFFER;
     } else {
         if (hook->recording) status = record_copy(hook, site, tensor, n);
+        if (status == STEER_OK && read) status = read_copy(hook, site, tensor, n);
         if (status == STEER_OK && turn) {
             status = hook->path == STEER_PATH_COPY ? STEER_NO_DEVICE
                                                    : turn_on_device(hook, site, tensor, buffer, host, n);
@@ -211,11 +127,11 @@ bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data) {
     steer_hook *hook = user_data;
     if (hook == NULL || tensor == NULL) return false;
     if (ask && hook->went_inside) steer_put_back(hook, tensor);
-    if (hook->n_on == 0 && !hook->recording) return !ask; /* idle: nothing is looked up */
+    if (hook->n_on == 0 && !hook->recording && hook->n_readers == 0) return !ask; /* idle: nothing is looked up */
     if (hook->status != STEER_OK) return false; /* the decode is lost; say no more, Python will read the status */
-    const int32_t site = site_of(hook, tensor);
+    const int32_t site = steer_site_of(hook, tensor);
     if (ask) {
-        const bool wanted = site >= 0 && (hook->recording || hook->sites[site].n_on > 0);
+        const bool wanted = site >= 0 && (hook->recording || hook->sites[site].n_on > 0 || hook->sites[site].read);
         return wanted && !steer_go_inside(hook, site, tensor);
     }
     if (site < 0) return true;
@@ -275,7 +191,7 @@ int32_t steer_new(const struct steer_ggml *ggml, int64_t d, int32_t n_sites, con
     }
     for (int32_t i = 0; i < n_sites; i++) {
         const size_t length = kind[i] ? strlen(kind[i]) : 0;
-        int32_t k = length ? find_kind(hook, kind[i], length) : -1;
+        int32_t k = length ? steer_find_kind(hook, kind[i], length) : -1;
         if (length == 0 || length >= NAME - 8 || layer[i] < 0 || (k < 0 && hook->n_kinds == MAX_KINDS)) {
             steer_free(hook);
             return STEER_BAD_ARGUMENT;
@@ -412,21 +328,4 @@ int32_t steer_rows(const steer_hook *hook, int32_t site, float *rows, int64_t n)
     if (hook == NULL || site < 0 || site >= hook->n_sites || n < 0 || (rows == NULL && n > 0)) return STEER_BAD_ARGUMENT;
     steer_turn_rows(hook->steerings, &hook->sites[site], hook->d, rows, n);
     return STEER_OK;
-}
-
-size_t steer_names(const steer_hook *hook, char *out, size_t size) {
-    size_t used = 0;
-    if (out != NULL && size > 0) out[0] = '\0';
-    for (int32_t i = 0; hook != NULL && i < hook->n_slots; i++) {
-        if (hook->nodes[i].tensor == NULL) continue;
-        const char *end = memchr(hook->nodes[i].name, '\0', NAME - 1);
-        const size_t length = end ? (size_t)(end - hook->nodes[i].name) : NAME - 1;
-        if (out != NULL && used + length + 2 <= size) {
-            memcpy(out + used, hook->nodes[i].name, length);
-            out[used + length] = '\n';
-            out[used + length + 1] = '\0';
-        }
-        used += length + 1;
-    }
-    return used + 1;
 }

@@ -1,7 +1,7 @@
-/* steer: turns activations inside llama.cpp, and records them.
+/* steer: turns activations inside llama.cpp, records them, and reads how far they lie along an axis.
  *
  * One hook belongs to one llama_context. llama.cpp calls steer_eval for every node of its compute graph; at the
- * sites it was told of, the hook records the last row, then applies the steerings that are on, in order.
+ * sites it was told of, the hook records the last row, reads every row, then applies the steerings that are on, in order.
  *
  * The library links to nothing and keeps no globals: the ggml functions come from the caller. The caller owns the
  * arrays it passes; those marked "kept" must outlive the hook, the others are copied. Setters and getters may only
@@ -22,7 +22,7 @@
 #define STEER_API __attribute__((visibility("default")))
 #endif
 
-#define STEER_ABI 5
+#define STEER_ABI 6
 
 enum steer_status {
     STEER_OK = 0,
@@ -50,7 +50,7 @@ enum steer_path {
     STEER_PATH_HOST = 1,   /* in place, once the tensor is computed */
     STEER_PATH_COPY = 2,
     STEER_PATH_DEVICE = 3, /* on the device, the host's memory included */
-    STEER_PATH_GRAPH = 4,  /* by the node that computes the tensor, on the CPU; not while recording */
+    STEER_PATH_GRAPH = 4,  /* by the node that computes the tensor, on the CPU; not where it is recorded or read */
     STEER_PATH_STOP = 5,   /* once the tensor is computed: the first that can of host, device, copy */
 };
 
@@ -154,6 +154,16 @@ struct steer_record {
     float *rows;      /* (S, d)  the latest h   */
 };
 
+/* Where a site's rows h are read along an axis: gain (h.axis) + offset, row by row, into to[at], to[at + 1], ...;
+ * `at` grows by one a row, and what would lie at or behind `room` is not written. */
+struct steer_reader {
+    int32_t site;
+    const float *axis; /* d finite numbers */
+    double gain, offset;
+    float *to;
+    int64_t room, at;
+};
+
 typedef struct steer_hook steer_hook;
 
 STEER_API int32_t steer_abi(void);
@@ -188,6 +198,10 @@ STEER_API int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz);
 
 /* Records until called with null; *to is copied, its arrays are kept. */
 STEER_API int32_t steer_set_record(steer_hook *hook, const struct steer_record *to);
+
+/* Reads until called with n = 0. The readers (n, kept) may be given another `at` between two decodes. A site that is
+ * read is never turned inside the graph. */
+STEER_API int32_t steer_set_readers(steer_hook *hook, int32_t n, struct steer_reader *readers);
 
 /* llama.cpp's cb_eval; user_data is the hook. */
 STEER_API bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data);

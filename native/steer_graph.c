@@ -83,7 +83,8 @@ static bool readable(const steer_hook *hook, const struct ggml_tensor *source, i
 bool steer_go_inside(steer_hook *hook, int32_t site, struct ggml_tensor *tensor) {
     const struct steer_ggml *ggml = &hook->ggml;
     const struct steer_graph_ggml *g = ggml->graph;
-    if (g == NULL || hook->recording || (hook->path != STEER_PATH_AUTO && hook->path != STEER_PATH_GRAPH)) return false;
+    if (g == NULL || hook->recording || hook->sites[site].read) return false;
+    if (hook->path != STEER_PATH_AUTO && hook->path != STEER_PATH_GRAPH) return false;
     const int32_t op = op_of(g, tensor);
     if (op != g->op_mul && op != g->op_add) return false;
     if (memcmp((const char *)tensor + g->params_offset, NO_PARAMS, sizeof NO_PARAMS) != 0) return false;

@@ -46,6 +46,15 @@ static const struct steer_field FIELDS[] = {
     FIELD(steer_record, rows)
     SIZE(steer_record)
 
+    FIELD(steer_reader, site)
+    FIELD(steer_reader, axis)
+    FIELD(steer_reader, gain)
+    FIELD(steer_reader, offset)
+    FIELD(steer_reader, to)
+    FIELD(steer_reader, room)
+    FIELD(steer_reader, at)
+    SIZE(steer_reader)
+
     FIELD(choose_charges, repeat)
     FIELD(choose_charges, frequency)
     FIELD(choose_charges, presence)

@@ -1,6 +1,8 @@
 /* What the files of the hook share: the hook, steerings and sites. Not part of its interface, which is steer.h.
  *
- * steer.c        the hook: which graph node is which site, and the ways to its memory
+ * steer.c        the hook: steerings and dials, and the ways to a site's memory
+ * steer_nodes.c  which graph node is which site
+ * steer_read.c   how far a site's rows lie along an axis
  * steer_turn.c   the mathematics, on rows in the host's memory
  * steer_graph.c  the same by the node that computes the rows
  * steer_device.c the same mathematics as a ggml graph, on a tensor's own device
@@ -40,11 +42,12 @@ struct act {
 struct site {
     int32_t kind, layer;
     int32_t n_on; /* steerings here that are on */
+    bool read;    /* a reader is here */
     int32_t n_acts;
     struct act *acts; /* in the order in which the steerings were added */
 };
 
-enum { MAX_KINDS = 16, NAME = 24 };
+enum { MAX_KINDS = 16, NAME = 24, NOT_A_SITE = -1 };
 
 /* A graph node, recognised by its address for as long as its name is the same: llama.cpp reuses a graph from token
  * to token, and reuses the memory when it builds another. All NAME bytes are compared, also those behind the name's
@@ -52,7 +55,7 @@ enum { MAX_KINDS = 16, NAME = 24 };
 struct node {
     const struct ggml_tensor *tensor;
     char name[NAME];
-    int32_t site; /* NOT_A_SITE (-1), a site, or numberless(kind) */
+    int32_t site; /* NOT_A_SITE, a site, or numberless(kind) */
 };
 
 struct steer_hook {
@@ -68,6 +71,8 @@ struct steer_hook {
     int64_t *reached, *turned;
     bool recording;
     struct steer_record record;
+    int32_t n_readers;
+    struct steer_reader *readers; /* the caller's */
     struct node *nodes; /* open addressing, n_slots a power of two */
     int32_t n_nodes, n_slots;
     int32_t layer; /* of the numbered site last asked for: a node without a number belongs to it */
@@ -78,6 +83,18 @@ struct steer_hook {
     float *scratch;
     size_t scratch_size;
 };
+
+/* The site of a node, or NOT_A_SITE. */
+int32_t steer_site_of(steer_hook *hook, const struct ggml_tensor *tensor);
+
+/* The number of a kind of site, or -1. */
+int32_t steer_find_kind(const steer_hook *hook, const char *name, size_t length);
+
+/* h.b, for rows and axes of width d. */
+double steer_dot(int64_t d, const float *h, const float *b);
+
+/* Appends what the readers at `site` read of rows (n, d). */
+void steer_read_rows(steer_hook *hook, int32_t site, const float *rows, int64_t n);
 
 /* Lets what is on at `site` act on rows (n, d), in place. */
 void steer_turn_rows(const struct steering *steerings, const struct site *site, int64_t d, float *rows, int64_t n);
@@ -96,7 +113,7 @@ void steer_free_devices(struct steer_device *devices, const struct steer_device_
 struct steer_inside *steer_new_inside(steer_hook *hook);
 
 /* Lets the node that computes a site's tensor turn it too. False, and nothing is changed, where it cannot or a forced
- * path or the recorder forbids it. */
+ * path, the recorder or a reader forbids it. */
 bool steer_go_inside(steer_hook *hook, int32_t site, struct ggml_tensor *tensor);
 
 /* Gives a node that this hook changed its own operator again. */

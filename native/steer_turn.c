@@ -24,7 +24,7 @@ STEER_WIDE static void dot2(int64_t d, const float *h, const float *b1, const fl
     *p2 = (float)t2;
 }
 
-STEER_WIDE static float dot(int64_t d, const float *h, const float *b) {
+STEER_WIDE double steer_dot(int64_t d, const float *h, const float *b) {
     double t = 0;
     for (int64_t at = 0; at < d; at += BLOCK) {
         const int64_t end = d - at < BLOCK ? d : at + BLOCK;
@@ -33,7 +33,7 @@ STEER_WIDE static float dot(int64_t d, const float *h, const float *b) {
         for (int64_t i = at; i < end; i++) s += h[i] * b[i];
         t += (double)s;
     }
-    return (float)t;
+    return t;
 }
 
 STEER_WIDE static void add2(int64_t d, float *restrict h, float q1, const float *restrict b1, float q2,
@@ -60,7 +60,7 @@ static void turn_row(int64_t d, float *h, const struct steering *s, const struct
         break;
     }
     case STEER_ABLATE:
-        add1(d, h, -dot(d, h, act->b1), act->b1);
+        add1(d, h, -(float)steer_dot(d, h, act->b1), act->b1);
         break;
     case STEER_ADD:
         add1(d, h, s->x * act->scale, act->b1);

@@ -282,6 +282,19 @@ def test_separation_is_nan_where_it_cannot_be_measured() -> None:
     assert np.isnan(calibrate(PlantedModel(noise=0.0), prompt_set()).separation).all()
 
 
+@pytest.mark.parametrize("plane", ["local", "shared", "global"])
+def test_the_class_means_are_those_of_h_along_b1_as_it_is_stored(plane: Any) -> None:
+    model, prompts = shared_direction(), prompt_set(70, 9)
+    kinds = ("attn_norm",) if plane == "shared" else None
+    steering = calibrate(model, prompts, plane=plane, mask="all", kinds=kinds)
+    assert steering.class_means.shape == (len(steering.sites), 2)
+    for side, given in enumerate((prompts.negative, prompts.positive)):
+        h = np.stack(list(model.rows(given, silent)))
+        for number, site in enumerate(steering.sites):
+            along = h[:, SITES.index(site)] @ steering.basis_at(site)[0].astype(np.float64)
+            assert steering.class_means[number, side] == pytest.approx(along.mean(), rel=1e-5)
+
+
 def test_mean_norm_is_the_mean_over_both_classes() -> None:
     model = PlantedModel(noise=0.0)
     model.shift[:] = 1.0

@@ -35,6 +35,7 @@ def steering(operator: str = "selective", **changes: Any) -> Steering:
         "name": f"calm {operator} ±é", "operator": operator, "plane": "local", "sites": SITES,
         "mask": [True, False, True], "site_plane": [1, 0, 1], "basis": planes[:, : RANK[operator]], "base": BASE,
         "separation": [0.5, math.nan, -1.25], "mean_norm": [3.5, math.nan, 7.0],
+        "class_means": [[-1.0, 2.5], [math.nan, math.nan], [0.25, 0.5]],
         "description": "two\nlines", "positive": "calm", "negative": "", "threshold": 0.1, "angle": 8.1, "made": MADE,
     }  # fmt: skip
     return Steering(**{**parts, **changes})
@@ -108,7 +109,7 @@ def test_the_file_holds_each_key_in_exactly_one_type_and_no_tensor(tmp_path: Pat
         **{f"steering.0.{name}": [T.STRING] for name in texts},
         "steering.0.sites": [T.ARRAY, T.STRING], "steering.0.mask": [T.ARRAY, T.BOOL],
         "steering.0.site_plane": [T.ARRAY, T.UINT32], "steering.0.rank": [T.UINT32],
-        **{f"steering.0.{name}": [T.ARRAY, T.FLOAT32] for name in ("basis", "separation", "mean_norm")},
+        **{f"steering.0.{name}": [T.ARRAY, T.FLOAT32] for name in ("basis", "separation", "mean_norm", "class_means")},
         **{f"steering.0.{name}": [T.FLOAT32] for name in ("threshold", "angle", "angle_min", "angle_max")},
         "steering.0.provisional": [T.BOOL],
         "steering.made.orthogonal_to": [T.ARRAY, T.STRING], "steering.made.candidates": [T.ARRAY, T.STRING],
@@ -241,6 +242,9 @@ def strings(*texts: str) -> Value:
         ("0.separation", floats(0.0, 0.0), "per site"),
         ("0.separation", floats(0.0, 0.0, INF), "separation"),
         ("0.mean_norm", floats(0.0, 0.0, -1.0), "not negative"),
+        ("0.class_means", floats(0.0, 1.0, 2.0), "two values per site"),
+        ("0.class_means", floats(0.0, 1.0), "two values per site"),
+        ("0.class_means", floats(0.0, 1.0, 0.0, 1.0, 0.0, INF), "class_means"),
         ("0.threshold", Value(T.FLOAT32, INF), "threshold"),
         ("0.angle", Value(T.FLOAT32, -INF), "angle"),
         ("0.angle_min", Value(T.FLOAT32, 1.0), "safe range"),

@@ -137,6 +137,8 @@ def calibrate(
     on = select_sites(mask, discriminative(positive, negative, b1), sites, recorded)
     if plane == "global" and RANK[operator] == 2:
         basis = orient_plane(basis[0], mean[on].mean(0))[None]
+    basis = basis.astype(np.float32)
+    along = [(each.mean * basis[:, 0]).sum(-1) for each in (negative, positive)]  # b1 as the file holds it
     mean_norm = (positive.norm + negative.norm) / (positive.count + negative.count)
 
     return Steering(
@@ -146,10 +148,11 @@ def calibrate(
         sites=sites,
         mask=on,
         site_plane=np.arange(len(sites), dtype=np.uint32) if plane == "local" else np.zeros(len(sites), np.uint32),
-        basis=basis.astype(np.float32),
+        basis=basis,
         base=recorder.base,
         separation=separation(positive, negative, b1, mean_norm).astype(np.float32),
         mean_norm=mean_norm.astype(np.float32),
+        class_means=np.stack(along, axis=-1).astype(np.float32),
         description=prompts.description,
         positive=prompts.positive_name,
         negative=prompts.negative_name,

@@ -135,9 +135,11 @@ class AnsweringLlama(CachedLlama):
 
     @contextmanager
     def _reading(self, names: Sequence[str]) -> Iterator[dict[str, float]]:
-        """Within it, what the steerings `names` read of the last token; filled as it ends."""
-        raise NotImplementedError
-        yield {}
+        """Within it, tokens are read for the steerings `names`; what the last one reads is there as it ends."""
+        found: dict[str, float] = {}
+        with self.token_readings.of(names):
+            yield found
+        found.update((name, self.token_readings.at(name, self.n_tokens - 1)) for name in names)
 
     # --- answers ------------------------------------------------------------------------------------------------
 

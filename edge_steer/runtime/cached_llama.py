@@ -16,6 +16,7 @@ from edge_steer.runtime.cache import Actions, CacheStamps
 from edge_steer.runtime.dials import Dials
 from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngine, choose_engine
 from edge_steer.runtime.hooked_llama import HookedLlama
+from edge_steer.runtime.reading import TokenReadings
 from edge_steer.runtime.rpc import check_servers
 from edge_steer.sites import Architecture
 from edge_steer.steering import Steering
@@ -48,6 +49,7 @@ class CachedLlama(HookedLlama):
         self.cancelled: Callable[[], bool] | None = None  # asked before each batch; true ends it with Cancelled
         super().__init__(model_path, file, arch, **llama)
         self._cache_stamps = CacheStamps(len(self.input_ids), [each.fingerprint for each in self.steerings])
+        self.token_readings = TokenReadings(self._hook, self.steerings, len(self.input_ids))
         everywhere = self.model_params.n_gpu_layers > file.block_count and llama_cpp.llama_supports_gpu_offload()
         self.engine = choose_engine(engine, self.steerings, offloaded=everywhere)
         self._engine: Engine = (
@@ -85,7 +87,9 @@ class CachedLlama(HookedLlama):
                     raise Cancelled
                 batch, at = tokens[first : first + self.n_batch], self.n_tokens
                 self._batch.set_batch(batch, at, every_row or self._logits_all)
+                self.token_readings.expect(at)
                 self._ctx.decode(self._batch)
+                self.token_readings.note(at, at + len(batch))
                 self.input_ids[at : at + len(batch)] = batch
                 if every_row or self._logits_all:
                     found = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
@@ -158,5 +162,6 @@ class CachedLlama(HookedLlama):
     def load_state(self, state: Any) -> None:
         """As llama_cpp.Llama.load_state. Tokens saved under another steering state are evaluated again when used."""
         super().load_state(state)
+        self.token_readings.forget()
         saved = getattr(state, "steering", None)
         self._cache_stamps.load(self.n_tokens, saved, unsteered=not any(self._angles.actions()))

@@ -12,6 +12,7 @@ from edge_steer.errors import SteerError
 from edge_steer.gate import Gate
 from edge_steer.runtime.cache import Scope
 from edge_steer.runtime.gates import THINKING, Marker, Place
+from edge_steer.runtime.reading import read_site
 from edge_steer.steering import Steering
 
 RESPONSE = Gate()
@@ -61,6 +62,7 @@ class Gates(MutableMapping[str, "Gate | None"]):
             )
         if gate.when is not None:
             self._demand(gate.when.name)
+            read_site(self._steerings[gate.when.name])  # refuses one that cannot be read
         if gate.thinking and self._marker() is None:
             if gate.thinking == "inside":
                 raise SteerError("expected a model that marks its thinking, got one without; use @response")

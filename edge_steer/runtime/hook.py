@@ -54,6 +54,18 @@ class Record:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Where the hook reads the rows h of a site: gain·(h·axis) + offset, before they are turned there. to: (n,)
+    float32, one value a row from where `Hook.read_from` says."""
+
+    site: Site
+    axis: NDArray[np.float32]  # (d,)
+    gain: float
+    offset: float
+    to: NDArray[np.float32]
+
+
 def _dial(action: Action) -> Any:
     """{x, y, z} of steer_dial. cos − 1 is formed in double: in float it would lose small angles."""
     match action:
@@ -94,6 +106,8 @@ class Hook:
             )
         )  # fmt: skip
         self._record: Record | None = None
+        self._readings: tuple[Reading, ...] = ()
+        self._readers: Any = ()
         path = os.environ.get("EDGE_STEER_HOOK", "auto")
         if path not in _PATH:
             raise SteerError(f"expected EDGE_STEER_HOOK to be one of {', '.join(_PATH)}, got {path!r}")
@@ -154,6 +168,35 @@ class Hook:
         arrays = (to.sum, to.sum_unit, to.sum_norm, to.count, to.rows)
         addresses = native.RecordAddresses(*(array.ctypes.data for array in arrays))
         self._check(self._lib.steer_set_record(self._pointer, ctypes.byref(addresses)))
+
+    def read(self, readings: Sequence[Reading]) -> None:
+        """Read each row of their sites' tensors until called with ()."""
+        made = (native.Reader * len(readings))(
+            *(
+                native.Reader(
+                    self._number[each.site], each.axis.ctypes.data, each.gain, each.offset, each.to.ctypes.data,
+                    len(each.to), 0,
+                )
+                for each in readings
+            )
+        )  # fmt: skip
+        self._check(self._lib.steer_set_readers(self._pointer, len(made), made))
+        self._readings, self._readers = tuple(readings), made  # they must live while the hook writes to them
+
+    def read_from(self, at: int) -> None:
+        """What the next rows read goes to places from `at` on."""
+        for reader in self._readers:
+            reader.at = at
+
+    def check_read(self, end: int) -> None:
+        """Raise SteerError unless every reading has come as far as place `end`."""
+        self.check_status()
+        for reading, reader in zip(self._readings, self._readers, strict=True):
+            if reader.at != end:
+                raise SteerError(
+                    f"expected every token's activation at {reading.site}, got {reader.at - end:+d}; "
+                    "read at a site before the last block"
+                )
 
     def check_status(self) -> None:
         """Raise SteerError if a decode since the last call met a tensor it could not act on."""

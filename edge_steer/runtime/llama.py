@@ -34,8 +34,9 @@ from edge_steer.runtime.dials import (
 from edge_steer.runtime.engines import EngineName
 from edge_steer.runtime.gates_by_name import Gates, first_gates
 from edge_steer.runtime.hook import Record
-from edge_steer.runtime.hooked_llama import Closed
+from edge_steer.runtime.hooked_llama import Closed, Message
 from edge_steer.runtime.measuring import read_logits, record_activations
+from edge_steer.runtime.reading import Float32, prompt_tokens, read_tokens
 from edge_steer.runtime.self_check import check_graph_path
 
 
@@ -194,3 +195,16 @@ class SteeredLlama(AnsweringLlama):
         """
         with self.without_answer():
             record_activations(self, tokens, record, steered=steered)
+
+    def read(
+        self, prompt: str | Sequence[int] | Sequence[Message], names: Sequence[str] | None = None
+    ) -> dict[str, Float32]:
+        """The readings (n,) of the n tokens of a text, a chat (with its generation prompt) or tokens, by steering.
+
+        A reading is h·b1 where `token_readings.site` says, before it is turned there: −1 the mean of the negative
+        class, +1 that of the positive. Dials that are on act as on a prompt, so what earlier sites turn is in it.
+        names: of the steerings to read; None: all. Raises SteerError where a steering's file holds no class means.
+        """
+        wanted = [each.name for each in self.steerings] if names is None else list(names)
+        with self.without_answer():
+            return read_tokens(self, prompt_tokens(self, prompt), wanted)

@@ -131,6 +131,26 @@ static void recording(void) {
     close_model(m);
 }
 
+static void reading(void) {
+    struct model *m = open_model();
+    float *axis = calloc(D, sizeof *axis), *to = malloc(3 * ROWS * sizeof *to);
+    CHECK(axis != NULL && to != NULL);
+    axis[D - 1] = 1;
+    struct steer_reader readers[2] = {{0, axis, 2, 1, to, 3 * ROWS, 0}, {3, axis, 1, 0, to, 0, 0}};
+    CHECK(steer_set_readers(m->hook, 2, readers) == STEER_OK);
+    for (int32_t path = STEER_PATH_AUTO; path <= STEER_PATH_COPY; path++) {
+        for (int i = 0; i < SITES; i++) m->tensor[i].buffer = path == STEER_PATH_HOST ? &fake_host : &fake_device;
+        CHECK(steer_set_path(m->hook, path) == STEER_OK && decode(m) == 2 && status_of(m) == STEER_OK);
+    }
+    CHECK(readers[0].at == 3 * ROWS && readers[1].at == 3 * ROWS);
+    CHECK(to[3 * ROWS - 1] == 2 * m->tensor[0].data[ROWS * D - 1] + 1);
+    CHECK(decode(m) == 2 && readers[0].at == 4 * ROWS); /* no room */
+    CHECK(steer_set_readers(m->hook, 0, NULL) == STEER_OK && decode(m) == 0);
+    close_model(m);
+    free(axis);
+    free(to);
+}
+
 static void refusals(void) {
     struct model *m = open_model();
     const double turn[3] = {-1, 1, 0};
@@ -239,6 +259,7 @@ static void two_models_in_two_threads(void) {
 int main(void) {
     every_operator_on_every_path();
     recording();
+    reading();
     refusals();
     many_graphs();
     two_models_in_two_threads();
