@@ -13,7 +13,7 @@ from typing import Literal
 from edge_steer.gate import Gate
 
 # A running @when that holds goes on until the reading is this far beyond its bound, in units of class separation.
-SLACK = 0.1
+SLACK = 0.25
 
 Marker = tuple[bytes, bytes]  # what opens and what closes
 
@@ -86,19 +86,17 @@ class Place:
         if self.call:
             at = -1 if self.call == _TO_THE_END else text.find(self.call)
             return None if at < 0 else (at + len(self.call), replace(self, call=b""))
-        if self.thinking == "inside" and self.marker:
-            at = text.find(self.marker[1])
-            return None if at < 0 else (at + len(self.marker[1]), replace(self, thinking="after"))
-        opens = [(at, each) for each in CALLS if (at := text.find(each[0])) >= 0]
-        if self.marker and (at := text.find(self.marker[0])) >= 0:
-            opens.append((at, self.marker))
-        if not opens:
+        inside = self.thinking == "inside"
+        found = [(at, opens, closes) for opens, closes in CALLS if (at := text.find(opens)) >= 0]
+        if self.marker and (at := text.find(turn := self.marker[inside])) >= 0:
+            found.append((at, turn, b""))
+        if not found:
             return None
-        at, marker = min(opens, key=lambda each: each[0])
-        end = at + len(marker[0])
-        if marker is self.marker:
-            return end, replace(self, thinking="inside")
-        return end, replace(self, thinking="after", call=marker[1] or _TO_THE_END, begun=True)
+        at, sign, closes = min(found)
+        end = at + len(sign)
+        if self.marker and sign == self.marker[inside]:
+            return end, replace(self, thinking="after" if inside else "inside")
+        return end, replace(self, thinking="inside" if inside else "after", call=closes or _TO_THE_END, begun=True)
 
     def _looked(self) -> Place:
         """With what the answer's first characters show."""
