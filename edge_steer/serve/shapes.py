@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from edge_steer.serve.fields import Common
+from edge_steer.serve.gate_field import shown_gates
 from edge_steer.serve.service import Ended, Service
-from edge_steer.serve.steering_field import Dial, rounded
+from edge_steer.serve.steering_field import rounded
 from edge_steer.serve.worker import Ticket
 
 
@@ -20,12 +21,13 @@ def head(ticket: Ticket, service: Service, asked: Common, kind: str) -> dict[str
         "created": int(time.time()),
         "model": asked.model or service.name,
         "system_fingerprint": "edge-steer",
-        "steering": applied(ticket.dials),
+        "steering": applied(ticket),
     }
 
 
-def applied(dials: dict[str, Dial]) -> dict[str, Dial]:
-    return {name: rounded(dial) for name, dial in dials.items()}
+def applied(ticket: Ticket) -> dict[str, Any]:
+    """The dials of an answer, with the gates of those that have one."""
+    return shown_gates({name: rounded(dial) for name, dial in ticket.dials.items()}, ticket.gates)
 
 
 def usage(ended: Sequence[Ended | None]) -> dict[str, Any]:
