@@ -127,7 +127,7 @@ bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data) {
     steer_hook *hook = user_data;
     if (hook == NULL || tensor == NULL) return false;
     if (ask && hook->went_inside) steer_put_back(hook, tensor);
-    if (hook->n_on == 0 && !hook->recording && hook->n_readers == 0) return !ask; /* idle: nothing is looked up */
+    if (hook->n_on == 0 && !hook->recording && hook->n_readings == 0) return !ask; /* idle: nothing is looked up */
     if (hook->status != STEER_OK) return false; /* the decode is lost; say no more, Python will read the status */
     const int32_t site = steer_site_of(hook, tensor);
     if (ask) {

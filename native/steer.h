@@ -156,7 +156,7 @@ struct steer_record {
 
 /* Where a site's rows h are read along an axis: gain (h.axis) + offset, row by row, into to[at], to[at + 1], ...;
  * `at` grows by one a row, and what would lie at or behind `room` is not written. */
-struct steer_reader {
+struct steer_reading {
     int32_t site;
     const float *axis; /* d finite numbers */
     double gain, offset;
@@ -199,9 +199,9 @@ STEER_API int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz);
 /* Records until called with null; *to is copied, its arrays are kept. */
 STEER_API int32_t steer_set_record(steer_hook *hook, const struct steer_record *to);
 
-/* Reads until called with n = 0. The readers (n, kept) may be given another `at` between two decodes. A site that is
+/* Reads until called with n = 0. The readings (n, kept) may be given another `at` between two decodes. A site that is
  * read is never turned inside the graph. */
-STEER_API int32_t steer_set_readers(steer_hook *hook, int32_t n, struct steer_reader *readers);
+STEER_API int32_t steer_set_readings(steer_hook *hook, int32_t n, struct steer_reading *readings);
 
 /* llama.cpp's cb_eval; user_data is the hook. */
 STEER_API bool steer_eval(struct ggml_tensor *tensor, bool ask, void *user_data);

@@ -42,7 +42,7 @@ struct act {
 struct site {
     int32_t kind, layer;
     int32_t n_on; /* steerings here that are on */
-    bool read;    /* a reader is here */
+    bool read;    /* it is read */
     int32_t n_acts;
     struct act *acts; /* in the order in which the steerings were added */
 };
@@ -71,8 +71,8 @@ struct steer_hook {
     int64_t *reached, *turned;
     bool recording;
     struct steer_record record;
-    int32_t n_readers;
-    struct steer_reader *readers; /* the caller's */
+    int32_t n_readings;
+    struct steer_reading *readings; /* the caller's */
     struct node *nodes; /* open addressing, n_slots a power of two */
     int32_t n_nodes, n_slots;
     int32_t layer; /* of the numbered site last asked for: a node without a number belongs to it */
@@ -93,7 +93,7 @@ int32_t steer_find_kind(const steer_hook *hook, const char *name, size_t length)
 /* h.b, for rows and axes of width d. */
 double steer_dot(int64_t d, const float *h, const float *b);
 
-/* Appends what the readers at `site` read of rows (n, d). */
+/* Appends what the readings at `site` read of rows (n, d). */
 void steer_read_rows(steer_hook *hook, int32_t site, const float *rows, int64_t n);
 
 /* Lets what is on at `site` act on rows (n, d), in place. */
@@ -113,7 +113,7 @@ void steer_free_devices(struct steer_device *devices, const struct steer_device_
 struct steer_inside *steer_new_inside(steer_hook *hook);
 
 /* Lets the node that computes a site's tensor turn it too. False, and nothing is changed, where it cannot or a forced
- * path, the recorder or a reader forbids it. */
+ * path, the recorder or a reading forbids it. */
 bool steer_go_inside(steer_hook *hook, int32_t site, struct ggml_tensor *tensor);
 
 /* Gives a node that this hook changed its own operator again. */

@@ -122,7 +122,7 @@ def scripted(llm: SteeredLlama, text: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_character_of_several_tokens_comes_whole(llm: SteeredLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(llm, " \n é—🙂.", monkeypatch)
-    assert list(stream_answer(llm, [user("Hello")], Sampling())) == ["é", "—", "🙂", "."]
+    assert [piece.text for piece in stream_answer(llm, [user("Hello")], Sampling())] == ["é", "—", "🙂", "."]
 
 
 def test_a_plain_chat_ends_at_a_blank_line_and_not_at_leading_ones(
@@ -131,7 +131,7 @@ def test_a_plain_chat_ends_at_a_blank_line_and_not_at_leading_ones(
     llm.__dict__["chat_template"] = ChatTemplate.from_gguf(None, "", "")
     for says, text in (("\n\n One.\nTwo.\n\nNext", "One.\nTwo."), ("One.\n", "One.\n")):
         scripted(llm, says, monkeypatch)
-        assert "".join(stream_answer(llm, [user("Hello")], Sampling())) == text
+        assert "".join(piece.text for piece in stream_answer(llm, [user("Hello")], Sampling())) == text
 
 
 # --- the conversation -----------------------------------------------------------------------------------------------
@@ -381,3 +381,45 @@ def test_the_end_of_input_ends_a_chat(model: Path) -> None:
 def test_an_answer_without_room_is_refused(model: Path) -> None:
     with pytest.raises(SteerError, match="raise --ctx"):
         answer_to(SteeredLlama(model, **SMALL), [user("word " * 300)])
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_read_on_tells_of_an_answer_s_readings_and_changes_no_answer(model: Path) -> None:
+    steerings = [
+        steering_for(model, seed=i, name=name).with_(class_means=[[-1.0, 1.0]] * 6)
+        for i, name in enumerate(("happy", "formal"))
+    ]
+    steerings[1] = steerings[1].with_(class_means=[[-2.0, 3.0]] * 6)
+    expected, _, _ = talk(
+        SteeredLlama(model, steering=steerings, angles={"happy": 20, "formal": None}, **SMALL), "Hello"
+    )
+    llm = SteeredLlama(model, steering=steerings, angles={"happy": 20, "formal": None}, **SMALL)
+    notes: list[str] = []
+    said: list[str] = []
+    told: list[Answer] = []
+    lines = iter(["/read on", "Hello", "/read off", "/reset", "Hello", "/read", "/quit"])
+    shown = lambda piece: f"{piece.text}|" if piece.readings else piece.text  # noqa: E731
+    sum_up = lambda answer: told.append(answer) or "summed up"  # noqa: E731
+    Repl(Chat(llm, QUICK), lambda: next(lines), said.append, notes.append, show=shown, sum_up=sum_up).run()
+    read, unread = "".join(said).splitlines()
+    assert (read.replace("|", ""), unread) == (expected.strip(), expected.strip())
+    assert "|" in read
+    assert notes == [
+        "reading happy, formal",
+        "summed up",
+        "not reading",
+        "the conversation is forgotten",
+        "Error: expected /read on or /read off, got /read",
+    ]
+    assert len(told) == 1
+    assert told[0].readings is not None
+    assert list(told[0].readings) == ["happy", "formal"]
+
+
+def test_a_steering_without_class_means_cannot_be_read(llm: SteeredLlama) -> None:
+    _, notes, chat = talk(llm, "/read on")
+    assert len(notes) == 1
+    assert "holds no class means" in notes[0]
+    assert not chat.sampling.read

@@ -209,6 +209,62 @@ def test_generate_streams_text_and_takes_the_prompt_from_standard_input(place: P
     assert ran(*common, "-p", "-", input=" Hello\n").stdout == text + "\n"
 
 
+def test_generate_reads_every_token_where_it_is_told_to(place: Path) -> None:
+    common = ["generate", "-m", place / "llama.gguf", "-s", f"{place / 'mood.gguf'}:25", "-p", "Hello you", *QUICK]
+    plain = json.loads(ran(*common, "--json").stdout)
+    found = json.loads(ran(*common, "--json", "--read").stdout)
+    assert found["text"] == plain["text"]
+    read = found["readings"]["mood"]
+    assert (len(read["prompt"]), len(read["answer"])) == (found["prompt_tokens"], found["generated_tokens"])
+    other = json.loads(ran(*common, "--json", "--read", "--site", "blk.1.attn_norm").stdout)
+    assert other["readings"]["mood"] == read == {**read, "site": "blk.1.attn_norm"}
+    told = ran(*common, "--read")
+    assert told.stdout == plain["text"] + "\n", "no colours where no terminal is"
+    assert told.stderr.startswith(f"colours: mood at {read['site']}, below -1 n")
+    mean = np.mean(read["answer"])
+    assert f"read: mood {mean:+.2f} (prompt " in told.stderr
+    assert run(*common, "--site", "blk.1.attn_norm").exit_code == 2
+
+
+# --- read -----------------------------------------------------------------------------------------------------------
+
+
+def test_read_tells_texts_apart_line_by_line(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("I love the sea\n\n  I hate the sea\n")
+    common = ["read", "-m", place / "llama.gguf", "-s", place / "mood.gguf", "--ctx", 256, *ONE_THREAD]
+    llm = SteeredLlama(place / "llama.gguf", steering=place / "mood.gguf", angle=None, n_ctx=256)
+    expected = [llm.read(text)["mood"] for text in ("I love the sea", "I hate the sea")]
+    lines = ran(*common, tmp_path / "texts.txt").stdout.splitlines()
+    assert lines == [
+        f"{each[1:].mean():+.2f}\tI {w} the sea" for each, w in zip(expected, ("love", "hate"), strict=True)
+    ]
+    lines = ran(*common, "--last", "--json", "--tokens", "-", input="I love the sea\n").stdout.splitlines()
+    record = json.loads(lines[0])
+    assert record["text"] == "I love the sea"
+    assert record["readings"]["mood"] == pytest.approx(float(expected[0][-1]), abs=1e-4)
+    np.testing.assert_allclose(record["tokens"]["mood"], expected[0], atol=1e-4)
+    chat = json.loads(ran(*common, "--chat", "--last", "--json", "-", input="I love tea\n").stdout)
+    assert chat["readings"]["mood"] == pytest.approx(
+        float(llm.read([{"role": "user", "content": "I love tea"}])["mood"][-1]), abs=1e-4
+    )
+
+
+def test_read_refuses_in_a_line(place: Path, tmp_path: Path) -> None:
+    mood = Steering.load(place / "mood.gguf")
+    replace(mood, class_means=np.empty((0, 2))).save(tmp_path / "older.gguf")
+    for more, why in (
+        (["-s", tmp_path / "older.gguf"], "holds no class means, which a reading is in units of; calibrate it again"),
+        (["-s", place / "mood.gguf", "--site", "blk.2.attn_norm"], "before the last block"),
+        (["-s", place / "mood.gguf", "--site", "nowhere"], "nowhere"),
+        ([], "no steering to read by"),
+    ):
+        found = run("read", "-m", place / "llama.gguf", *more, "--ctx", 256, *ONE_THREAD, "-", input="Hello\n")
+        assert found.exit_code == 1
+        assert why in found.stderr
+        assert found.stderr.count("\n") == 1
+    assert run("read", "-m", place / "llama.gguf", "-s", place / "mood.gguf", "-", input=" \n").exit_code == 1
+
+
 def test_warnings_of_llama_cpp_do_not_come_between(place: Path) -> None:
     found = process("generate", "-m", place / "gemma3.gguf", "-p", "Hi", *QUICK)  # a sliding window earns one
     assert (found.returncode, found.stderr) == (0, b"")

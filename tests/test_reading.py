@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from edge_steer import SteerError
 from edge_steer.architectures import MODEL_TYPES, architecture
 from edge_steer.model_file import read_model
+from edge_steer.runtime.answer import Answer, Piece, Sampling, stream_pieces
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.reading import read_site
 from edge_steer.sites import Site, site_of_module
@@ -174,6 +177,85 @@ def test_a_prompt_is_read_unsteered_but_for_its_last_token_where_the_answer_alon
     found = llm.read(PROMPT)["happy"]
     assert close(model, found[:-1], expected[:-1])
     assert abs(found[-1] - expected[-1]) > bound(model) * np.abs(expected).max()
+
+
+def pieces_of(llm: SteeredLlama, sampling: Sampling, prompt: Sequence[int] = PROMPT) -> tuple[list[Piece], Answer]:
+    stream, pieces = stream_pieces(llm, prompt, sampling), []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+@pytest.mark.parametrize("angle", [None, 20.0])
+@pytest.mark.parametrize("how", [{}, {"logit_bias": {40: 0.0}}, {"max_tokens": 1}], ids=["plain", "biased", "short"])
+def test_every_token_of_an_answer_is_read_and_the_answer_is_the_same(
+    model: tiny.TinyModel, angle: float | None, how: dict[str, Any]
+) -> None:
+    steering = steering_for(model)
+    sampling = Sampling(**{"max_tokens": 12, "read": ("happy",), **how})
+    plain, unread = pieces_of(steered(model, steering, angle=angle), replace(sampling, read=()))
+    llm = steered(model, steering, angle=angle)
+    llm.eval(PROMPT)  # cached, and not read
+    pieces, answer = pieces_of(llm, sampling)
+    assert [piece.text for piece in pieces] == [piece.text for piece in plain]
+    assert (answer.text, answer.generated_tokens, answer.finish) == (
+        unread.text,
+        unread.generated_tokens,
+        unread.finish,
+    )
+    assert unread.readings is None
+    assert all(piece.readings is None for piece in plain)
+    count = answer.generated_tokens
+    tokens = llm.input_ids[: len(PROMPT) + count].tolist()
+    expected = oracle(model, tokens, steering, llm.token_readings.site("happy"), angle)
+    assert answer.prompt_readings is not None
+    assert answer.readings is not None
+    assert close(model, np.concatenate([answer.prompt_readings["happy"], answer.readings["happy"]]), expected)
+    told = [piece.readings["happy"] for piece in pieces[:count] if piece.readings]
+    assert told == [float(each) for each in answer.readings["happy"]]
+    assert all(piece.readings is None for piece in pieces[count:])
+
+
+def test_an_answer_that_a_stop_text_ends_is_read_to_its_last_token(model: tiny.TinyModel) -> None:
+    llm = steered(model, steering_for(model))
+    whole = pieces_of(llm, Sampling(max_tokens=12))[1].text
+    pieces, answer = pieces_of(llm, Sampling(max_tokens=12, stop=(whole[4:6],), read=("happy",)))
+    assert answer.finish == "stop"
+    assert 0 < answer.generated_tokens < 12
+    assert answer.readings is not None
+    assert not np.isnan(answer.readings["happy"]).any()
+    assert len(pieces) == answer.generated_tokens
+    after, _ = pieces_of(llm, Sampling(max_tokens=12))  # what was evaluated more leaves no trace
+    assert "".join(piece.text for piece in after) == whole
+
+
+def test_an_answer_that_fills_the_context_is_read_to_its_last_token(model: tiny.TinyModel) -> None:
+    llm = steered(model, steering_for(model))
+    prompt = [256, *(30 + i % 200 for i in range(llm.n_ctx() - 5))]
+    _, answer = pieces_of(llm, Sampling(read=("happy",)), prompt)
+    assert answer.readings is not None
+    assert len(answer.readings["happy"]) == answer.generated_tokens
+    assert not np.isnan(answer.readings["happy"]).any()
+
+
+def test_a_reading_that_is_left_ends(model: tiny.TinyModel) -> None:
+    llm = steered(model, steering_for(model))
+    stream = stream_pieces(llm, PROMPT, Sampling(max_tokens=12, read=("happy",)))
+    next(stream)
+    stream.close()
+    pieces_of(llm, Sampling(max_tokens=4), [256, 90, 91])
+    assert np.isnan(llm.token_readings.first("happy", 3)[1:]).all()
+
+
+def test_a_model_may_be_closed_while_it_is_read(model: tiny.TinyModel) -> None:
+    for read in ((), ("happy",)):
+        llm = steered(model, steering_for(model))
+        stream = stream_pieces(llm, PROMPT, Sampling(max_tokens=12, read=read))
+        next(stream)
+        llm.close()
+        stream.close()
 
 
 def test_what_cannot_be_read_is_refused_in_a_line(model: tiny.TinyModel) -> None:

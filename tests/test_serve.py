@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from edge_steer.runtime.answer import Sampling, stream_pieces
 from edge_steer.runtime.chat import generate_answer
+from edge_steer.runtime.reading import TokenReadings
 from edge_steer.serve.guard import Rules
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -185,6 +186,45 @@ def test_a_text_goes_on(client: TestClient, prompt: Any) -> None:
         assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["token_logprobs"]) > 0
     echoed = client.post(TEXT, json={**ASKED, "prompt": "hello", "echo": True}).json()["choices"][0]["text"]
     assert echoed.startswith("hello")
+
+
+@pytest.fixture(scope="module")
+def reading(model: Path) -> Iterator[TestClient]:
+    """A client of a server whose steerings can be read."""
+    with serving(model) as client:
+        llm = client.service.llm  # type: ignore[attr-defined]
+        apart = [each.with_(class_means=[[-1.0, 2.0]] * len(each.sites)) for each in llm.steerings]
+        llm.token_readings = TokenReadings(llm._hook, apart, llm.n_ctx())
+        yield client
+
+
+def test_readings_come_with_an_answer_where_they_are_asked_for(model: Path, reading: TestClient) -> None:
+    plain = ask(reading)
+    found = ask(reading, read=True)
+    assert said(found) == said(plain)
+    assert "readings" not in plain["choices"][0]
+    read = found["choices"][0]["readings"]
+    count = found["usage"]["completion_tokens"]
+    assert list(read) == ["happy", "formal"]
+    assert len(read["happy"]["tokens"]) == len(read["formal"]["tokens"]) == count
+    llm = reading.service.llm  # type: ignore[attr-defined]
+    prompt = llm.token_readings.first("happy", found["usage"]["prompt_tokens"])[1:]
+    assert read["happy"]["prompt"] == pytest.approx(prompt.mean(), abs=1e-4)
+    streamed = chunks(reading.post(CHAT, json={"messages": HELLO, **ASKED, "read": True, "stream": True}).text)
+    told = [each["choices"][0].get("readings") for each in streamed[:-1]]
+    assert [each["happy"] for each in told if each] == read["happy"]["tokens"]
+    assert joined(streamed) == said(plain)
+    fields = {"prompt": "hello", **ASKED, "read": True}
+    text = reading.post(TEXT, json=fields).json()["choices"][0]
+    parts = [each["choices"][0] for each in chunks(reading.post(TEXT, json={**fields, "stream": True}).text)[:-1]]
+    assert [p["readings"]["formal"] for p in parts if "readings" in p] == text["readings"]["formal"]["tokens"]
+
+
+def test_readings_of_a_file_without_class_means_are_refused(client: TestClient) -> None:
+    found = client.post(CHAT, json={"messages": HELLO, "read": True})
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == "read"
+    assert "calibrate it again" in found.json()["error"]["message"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,13 +71,17 @@ def answer_rows(contexts: Contexts) -> list[Row]:
         Row(base, bare()),
         Row("stream_answer, greedy, every dial off", streamed(GREEDY), base),
         Row("stream_answer, greedy, hook at 20 sites", streamed(GREEDY, "twenty"), base, {"token": 0.98}),
+        Row(
+            "stream_answer, greedy, hook at 20 sites, read", streamed(replace(GREEDY, read=("twenty",)), "twenty"),
+            "stream_answer, greedy, hook at 20 sites", {"token": 0.98},
+        ),
         Row(f"stream_answer, greedy, hook at all {n} sites", streamed(GREEDY, "every-0"), base),
         Row("create_chat_completion, greedy, streamed, hook at 20 sites", completed, base),
         Row("plain Llama.generate, greedy, tokens only", generated(0.0), base),
         Row("stream_answer, top-k and top-p, hook at 20 sites", streamed(SAMPLED, "twenty"), base, {"token": 0.95}),
         Row(sampler, bare(temp=0.8, **CHAIN), base),
         Row("plain Llama.generate, top-k and top-p, tokens only", generated(0.8), base),
-    ]
+    ]  # fmt: skip
 
 
 def bare_loop(llm: Llama, prompt: list[int], chain: Mapping[str, Any]) -> float:

@@ -46,6 +46,7 @@ def steering(model: ModelFile, sites: Sequence[Site], name: str, seed: int = 0) 
     return Steering(
         name=name, operator="selective", plane="local", sites=tuple(sites), mask=np.ones(len(sites), np.bool_),
         site_plane=np.arange(len(sites), dtype=np.uint32), basis=np.stack(basis).astype(np.float32), base=model.base,
+        class_means=np.tile([-1.0, 1.0], (len(sites), 1)),
     )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ class Contexts:
             stack.callback(llm.close)
         try:
             with self.on(*self._names()), self.fields.null():
-                Llama.eval(self.hooked, [1, 2])
+                Llama.eval(self.hooked, [1, 2, 3])  # another number than was evaluated before: a graph of its own
         except NoEffectError:  # as it must be without a callback
             return
         raise SystemExit("expected a context without callback to be unsteered, but the hook turned tokens")
@@ -151,6 +152,11 @@ class Contexts:
 
     def unsteered(self) -> dict[str, float]:
         with self.fields.null():
+            return timed(self.hooked)
+
+    def read(self, *names: str) -> dict[str, float]:
+        """With these on, one steering read at one site."""
+        with self.on(*names), self.hooked.token_readings.of(["twenty"]):
             return timed(self.hooked)
 
     def recorded(self) -> dict[str, float]:
@@ -227,6 +233,7 @@ class Contexts:
             Row(PLAIN, self.unsteered),
             Row(CONTROL, lambda: timed(self.plain), PLAIN),
             Row("hook, idle", self.turned, PLAIN, both(0.995)),
+            Row("one steering read, idle", self.read, PLAIN, both(0.98)),
             Row(f"hook, all {n} sites", lambda: self.turned("every-0"), PLAIN, both(hook_all)),
             Row(
                 f"hook, three steerings at all {n} sites",

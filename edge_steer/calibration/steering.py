@@ -137,8 +137,8 @@ def calibrate(
     on = select_sites(mask, discriminative(positive, negative, b1), sites, recorded)
     if plane == "global" and RANK[operator] == 2:
         basis = orient_plane(basis[0], mean[on].mean(0))[None]
-    basis = basis.astype(np.float32)
-    along = [(each.mean * basis[:, 0]).sum(-1) for each in (negative, positive)]  # b1 as the file holds it
+    stored = basis.astype(np.float32)
+    along = [(each.mean * stored[:, 0]).sum(-1) for each in (negative, positive)]
     mean_norm = (positive.norm + negative.norm) / (positive.count + negative.count)
 
     return Steering(
@@ -148,7 +148,7 @@ def calibrate(
         sites=sites,
         mask=on,
         site_plane=np.arange(len(sites), dtype=np.uint32) if plane == "local" else np.zeros(len(sites), np.uint32),
-        basis=basis,
+        basis=stored,
         base=recorder.base,
         separation=separation(positive, negative, b1, mean_norm).astype(np.float32),
         mean_norm=mean_norm.astype(np.float32),

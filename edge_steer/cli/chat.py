@@ -47,6 +47,7 @@ def chat(
     from functools import partial
     from pathlib import Path
 
+    from edge_steer.cli.readings import coloured, summary
     from edge_steer.errors import SteerError
     from edge_steer.prompts import check_text
     from edge_steer.runtime import rpc as rpc_servers
@@ -84,7 +85,7 @@ def chat(
         if not options.names_angles(steering, angle, strength):
             llm.angles.update({name: dial for name, dial in earlier.angles.items() if name in llm.angles})
     rpc_servers.last_words.append(lambda: transcript.save_beside(conversation))
-    repl = Repl(conversation, read, say=partial(click.echo, nl=False), note=note)
+    repl = Repl(conversation, read, say=partial(click.echo, nl=False), note=note, show=coloured, sum_up=summary)
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input(), where the platform has it

@@ -19,6 +19,8 @@ from edge_steer.cli import options
 @options.sampling_options
 @options.run_options
 @options.rpc_option
+@click.option("--read", is_flag=True, help="Read every token: its colour says how far it lies toward the positive end.")
+@click.option("--site", metavar="SITE", help="Read at this site, such as blk.12.attn_norm.  [default: the clearest]")
 @options.json_option
 def generate(
     model: str,
@@ -30,6 +32,8 @@ def generate(
     text: str | None,
     prompt: str | None,
     system: str | None,
+    read: bool,
+    site: str | None,
     as_json: bool,
     ctx: int | None,
     gpu_layers: int,
@@ -44,25 +48,35 @@ def generate(
     \b
     edge-steer generate -m smollm2-135m -s happy.gguf "How was your day?"
     """
-    from functools import partial
+    from dataclasses import replace
 
+    from edge_steer.cli import readings
     from edge_steer.prompts import Prompt
     from edge_steer.runtime.chat import generate_answer, silent
 
     if (text is None) == (prompt is None):
         raise click.UsageError('expected one prompt, as in: edge-steer generate -m MODEL "How was your day?"')
+    if site is not None and not read:
+        raise click.UsageError("--site says where --read reads; give both")
     given = text if prompt is None else prompt
-    asked = Prompt(_standard_input() if given == "-" else str(given), system=system)
+    asked = Prompt(standard_input() if given == "-" else str(given), system=system)
     llm = options.open_model(
         model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
         ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
     )  # fmt: skip
-    say = silent if as_json else partial(click.echo, nl=False)
-    answer = generate_answer(llm, asked.messages(), options.sampling(seed=seed, **sampling), say)
+    how = options.sampling(seed=seed, **sampling)
+    if read:
+        how = replace(how, read=readings.choose_sites(llm, site))
+    if read and not as_json:
+        click.echo(readings.legend(llm), err=True)
+    say = silent if as_json else lambda piece: click.echo(readings.coloured(piece), nl=False)
+    answer = generate_answer(llm, asked.messages(), how, say)
     if not answer.generated_tokens:
         options.note("the answer is empty: the model ended it with its first token")
     if not as_json:
         click.echo()
+        if read:
+            click.echo(readings.summary(answer), err=True)
         return
     # A file's default is a float32; its further digits are no one's.
     dials = {name: None if dial is None else round(dial, 4) for name, dial in llm.angles.items()}
@@ -74,17 +88,19 @@ def generate(
         "generated_tokens": answer.generated_tokens,
         "tokens_per_second": round(answer.tokens_per_second, 2),
         "sites_hit": llm.sites_hit,
+        **({"readings": readings.as_json(llm, answer)} if read else {}),
     }
     click.echo(json.dumps(found, ensure_ascii=False))
 
 
-def _standard_input() -> str:
+def standard_input(what: str = "a prompt") -> str:
+    """What stands on standard input. Raises SteerError if it is closed or no UTF-8."""
     import sys
 
     from edge_steer.errors import SteerError
 
     if sys.stdin is None:
-        raise SteerError("expected a prompt on standard input, got it closed; give one with -p")
+        raise SteerError(f"expected {what} on standard input, got it closed; give a file or an option instead")
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError:

@@ -19,8 +19,8 @@ from edge_steer._version import __version__
 from edge_steer.errors import SteerError
 
 VERBS = (
-    "demo", "calibrate", "inspect", "sweep", "generate", "chat", "serve", "export", "convert", "import", "verify",
-    "presets", "models", "doctor",
+    "demo", "calibrate", "inspect", "sweep", "generate", "chat", "read", "serve", "export", "convert", "import",
+    "verify", "presets", "models", "doctor",
 )  # fmt: skip
 
 

@@ -5,11 +5,10 @@ Every answer goes this way: those of the command line, of the chat and of the se
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import llama_cpp
@@ -20,7 +19,9 @@ from numpy.typing import NDArray
 
 from edge_steer.errors import SteerError
 from edge_steer.measure.metrics import log_softmax
+from edge_steer.runtime.answer_text import AnswerText
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.reading import cut_unread
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sampling:
 
     stop: texts that end an answer and are not part of it. logit_bias: added to the logits of these tokens.
     grammar: GBNF that the answer obeys, from the rule `root`. log_probabilities: how many of the likeliest tokens are
-    told of beside each that is chosen; None: nothing is told.
+    told of beside each that is chosen; None: nothing is told. read: names of the steerings that are read.
     """
 
     temperature: float = 0.0
@@ -45,6 +46,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str | None = None
     log_probabilities: int | None = None
+    read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,22 @@ class Piece:
 
     text: str
     choice: TokenChoice | None = None  # where log-probabilities are asked for
+    readings: Mapping[str, float] | None = None  # of this token, by steering, where they are asked for
 
 
 @dataclass(frozen=True)
 class Answer:
     """One answer and what it cost. `generated_tokens` counts no end-of-answer token; `seconds` run from the first
     token to the last, so that the prompt is not in them. finish: "stop", or "length" where max_tokens or the context
-    ended it."""
+    ended it. prompt_readings, readings: of the prompt's and of the generated tokens, by steering, where asked for."""
 
     text: str
     prompt_tokens: int
     generated_tokens: int
     seconds: float
     finish: str = "stop"
+    prompt_readings: Mapping[str, NDArray[np.float32]] | None = field(default=None, compare=False)
+    readings: Mapping[str, NDArray[np.float32]] | None = field(default=None, compare=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,11 +92,55 @@ def stream_pieces(
     """Yields the answer to a prompt's tokens, a piece a token; returns it whole. Closing the generator stops it.
 
     strip: leave out blanks at the head: a chat template that ends without a space leaves it to the model.
-    Raises SteerError if the prompt fills the context, or the grammar is none.
+    Where `sampling.read` asks for readings, a piece comes one token late: a token is read as it is evaluated, for the
+    token behind it. Raises SteerError if the prompt fills the context, the grammar is none, or a steering cannot be
+    read.
     """
     check_room(llm, prompt)
+    with llm.token_readings.of(sampling.read):
+        if not sampling.read:
+            return (yield from _pieces(llm, prompt, sampling, strip))
+        with llm.without_answer():
+            cut_unread(llm, prompt, sampling.read)
+        answer = yield from _read(llm, _pieces(llm, prompt, sampling, strip), len(prompt), sampling.read)
+        at = {name: llm.token_readings.first(name, len(prompt) + answer.generated_tokens) for name in sampling.read}
+        begun = len(prompt)
+        return replace(
+            answer,
+            prompt_readings={name: found[:begun] for name, found in at.items()},
+            readings={name: found[begun:] for name, found in at.items()},
+        )
+
+
+def _read(
+    llm: SteeredLlama, pieces: Generator[Piece, None, Answer], begun: int, names: Sequence[str]
+) -> Generator[Piece, None, Answer]:
+    """`pieces`, each with the readings of its token, and so when the next has come. begun: where the answer begins."""
+    held: Piece | None = None
+    place = begun - 1  # of the token that is held
+    with closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                answer: Answer = end.value
+                break
+            if held is not None:
+                yield replace(held, readings={name: llm.token_readings.at(name, place) for name in names})
+            held, place = piece, place + 1
+    if held is not None:
+        read = place < begun + answer.generated_tokens  # else it is the rest of the text, of no token
+        yield replace(held, readings={name: llm.token_readings.at(name, place) for name in names}) if read else held
+    return answer
+
+
+def _pieces(
+    llm: SteeredLlama, prompt: Sequence[int], sampling: Sampling, strip: bool
+) -> Generator[Piece, None, Answer]:
+    """An answer as `stream_pieces` yields it, without readings; but with `sampling.read`, its last token is evaluated
+    too."""
     most = min(sampling.max_tokens, llm.n_ctx() - len(prompt))
-    text = _Text(sampling.stop, strip)
+    text = AnswerText(sampling.stop, strip)
     count, first, last = 0, 0.0, 0.0
     finish = "stop"
     llm.set_seed(sampling.seed)
@@ -105,10 +154,10 @@ def stream_pieces(
             count += 1
             choice = None if sampling.log_probabilities is None else _choice(llm, token, sampling.log_probabilities)
             yield Piece(text.add(piece), choice)
-            if text.stopped:
-                break
-            if count == most:
-                finish = "length"
+            if text.stopped or count == most:
+                finish = "stop" if text.stopped else "length"
+                if sampling.read:
+                    llm.eval([token])
                 break
     if rest := text.end():
         yield Piece(rest)
@@ -121,42 +170,6 @@ def check_room(llm: SteeredLlama, prompt: Sequence[int]) -> None:
         raise SteerError(
             f"expected a prompt of less than {llm.n_ctx()} tokens, the context, got {len(prompt)}; {llm.longer()}"
         )
-
-
-class _Text:
-    """The text of an answer, of which only what no stop text can take back is shown."""
-
-    def __init__(self, stop: Sequence[str], strip: bool) -> None:
-        self.text = ""
-        self.stopped = False
-        self._stop, self._strip, self._shown = stop, strip, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, piece: bytes) -> str:
-        """What may be shown once `piece` has come."""
-        self.text += self._decoder.decode(piece)
-        if self._strip and not self._shown:
-            self.text = self.text.lstrip()
-        ends = [at for at in (self.text.find(stop, self._shown) for stop in self._stop) if at >= 0]
-        if ends:
-            self.text, self.stopped = self.text[: min(ends)], True
-        held = 0 if self.stopped else max((_begun(self.text, stop) for stop in self._stop), default=0)
-        return self._show(len(self.text) - held)
-
-    def end(self) -> str:
-        """What is left to show when no more comes."""
-        if not self.stopped:
-            self.text += self._decoder.decode(b"", final=True)
-        return self._show(len(self.text))
-
-    def _show(self, end: int) -> str:
-        begin, self._shown = self._shown, max(end, self._shown)
-        return self.text[begin : self._shown]
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _choice(llm: SteeredLlama, token: int, count: int) -> TokenChoice:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-from edge_steer.runtime.answer import Answer, Sampling, check_room, stream_pieces
+from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, stream_pieces
 from edge_steer.runtime.hooked_llama import Message
 from edge_steer.runtime.llama import SteeredLlama
 
@@ -14,12 +14,12 @@ from edge_steer.runtime.llama import SteeredLlama
 PLAIN_STOP = "\n\n"
 
 
-def silent(_: str) -> None:
+def silent(_: object) -> None:
     """Says nothing."""
 
 
-def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling) -> Generator[str, None, Answer]:
-    """Yields the answer to a chat piece by piece; returns it whole. Closing the generator stops it.
+def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling) -> Generator[Piece, None, Answer]:
+    """Yields the answer to a chat, each piece that has text; returns it whole. Closing the generator stops it.
 
     Raises SteerError if the prompt fills the context.
     """
@@ -32,7 +32,7 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
                 answer: Answer = end.value
                 return answer
             if piece.text:
-                yield piece.text
+                yield piece
 
 
 def chat_sampling(llm: SteeredLlama, sampling: Sampling) -> Sampling:
@@ -41,9 +41,9 @@ def chat_sampling(llm: SteeredLlama, sampling: Sampling) -> Sampling:
 
 
 def generate_answer(
-    llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling, say: Callable[[str], object] = silent
+    llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling, say: Callable[[Piece], object] = silent
 ) -> Answer:
-    """The answer to a chat, whole. say: told its text piece by piece."""
+    """The answer to a chat, whole. say: told each piece that has text."""
     stream = stream_answer(llm, messages, sampling)
     with closing(stream):
         while True:
@@ -74,7 +74,7 @@ class Chat:
     def _head(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def ask(self, text: str) -> Generator[str, None, Answer]:
+    def ask(self, text: str) -> Generator[Piece, None, Answer]:
         """Yields the answer to `text` piece by piece and remembers both, also an answer that was stopped."""
         user = {"role": "user", "content": text}
         self._make_room(user)
@@ -85,8 +85,9 @@ class Chat:
             with closing(stream):
                 while answer is None:
                     try:
-                        said.append(next(stream))
-                        yield said[-1]
+                        piece = next(stream)
+                        said.append(piece.text)
+                        yield piece
                     except StopIteration as end:
                         answer = end.value
             assert answer is not None
@@ -95,7 +96,7 @@ class Chat:
             if said or answer:
                 self.turns += [user, {"role": "assistant", "content": "".join(said)}]
 
-    def try_out(self, text: str) -> Generator[str, None, Answer]:
+    def try_out(self, text: str) -> Generator[Piece, None, Answer]:
         """Yields the answer to `text` piece by piece and remembers neither."""
         user = {"role": "user", "content": text}
         self._make_room(user)

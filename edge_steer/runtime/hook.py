@@ -107,7 +107,7 @@ class Hook:
         )  # fmt: skip
         self._record: Record | None = None
         self._readings: tuple[Reading, ...] = ()
-        self._readers: Any = ()
+        self._filled: Any = ()
         path = os.environ.get("EDGE_STEER_HOOK", "auto")
         if path not in _PATH:
             raise SteerError(f"expected EDGE_STEER_HOOK to be one of {', '.join(_PATH)}, got {path!r}")
@@ -171,30 +171,32 @@ class Hook:
 
     def read(self, readings: Sequence[Reading]) -> None:
         """Read each row of their sites' tensors until called with ()."""
-        made = (native.Reader * len(readings))(
+        if not self._pointer and not readings:  # it is closed: nothing is read
+            return
+        made = (native.ReadingAddresses * len(readings))(
             *(
-                native.Reader(
+                native.ReadingAddresses(
                     self._number[each.site], each.axis.ctypes.data, each.gain, each.offset, each.to.ctypes.data,
                     len(each.to), 0,
                 )
                 for each in readings
             )
         )  # fmt: skip
-        self._check(self._lib.steer_set_readers(self._pointer, len(made), made))
-        self._readings, self._readers = tuple(readings), made  # they must live while the hook writes to them
+        self._check(self._lib.steer_set_readings(self._pointer, len(made), made))
+        self._readings, self._filled = tuple(readings), made  # they must live while the hook writes to them
 
     def read_from(self, at: int) -> None:
         """What the next rows read goes to places from `at` on."""
-        for reader in self._readers:
-            reader.at = at
+        for filled in self._filled:
+            filled.at = at
 
     def check_read(self, end: int) -> None:
         """Raise SteerError unless every reading has come as far as place `end`."""
         self.check_status()
-        for reading, reader in zip(self._readings, self._readers, strict=True):
-            if reader.at != end:
+        for reading, filled in zip(self._readings, self._filled, strict=True):
+            if filled.at != end:
                 raise SteerError(
-                    f"expected every token's activation at {reading.site}, got {reader.at - end:+d}; "
+                    f"expected every token's activation at {reading.site}, got {filled.at - end:+d}; "
                     "read at a site before the last block"
                 )
 

@@ -1,6 +1,7 @@
 """SteeredLlama: a llama_cpp.Llama whose activations are turned as it runs.
 
-hooked_llama.py holds the seam into llama-cpp-python, cache.py the rule that is kept here.
+It stands on three classes, each of which is a llama_cpp.Llama: hooked_llama.py has the hook, cached_llama.py the cache,
+answering_llama.py the answer and its gates.
 """
 
 from __future__ import annotations

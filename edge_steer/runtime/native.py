@@ -43,8 +43,8 @@ class RecordAddresses(ctypes.Structure):
     _fields_ = tuple((name, c_void_p) for name in ("sum", "sum_unit", "sum_norm", "count", "rows"))
 
 
-class Reader(ctypes.Structure):
-    """struct steer_reader."""
+class ReadingAddresses(ctypes.Structure):
+    """struct steer_reading."""
 
     _fields_ = (
         ("site", c_int32), ("axis", c_void_p), ("gain", c_double), ("offset", c_double), ("to", c_void_p),
@@ -65,7 +65,7 @@ _STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "steer_graph_ggml": GraphGgml,
     "steer_ggml_init": ggml.InitParams,
     "steer_record": RecordAddresses,
-    "steer_reader": Reader,
+    "steer_reading": ReadingAddresses,
     "choose_charges": Charges,
 }
 # Fields behind ggml's functions, in the two structures that begin with those.
@@ -102,7 +102,7 @@ def library() -> ctypes.CDLL:
     ]  # fmt: skip
     lib.steer_dial.argtypes = [c_void_p, c_int32, POINTER(c_double)]
     lib.steer_set_record.argtypes = [c_void_p, POINTER(RecordAddresses)]
-    lib.steer_set_readers.argtypes = [c_void_p, c_int32, c_void_p]
+    lib.steer_set_readings.argtypes = [c_void_p, c_int32, c_void_p]
     lib.steer_take_status.argtypes = [c_void_p, POINTER(c_int32)]
     lib.steer_rows.argtypes = [c_void_p, c_int32, c_void_p, c_int64]
     lib.choose_charge.argtypes = [POINTER(Charges), c_void_p, c_int32]

@@ -90,12 +90,19 @@ class TokenReadings:
             self.choose(name, None)
         return self._sites[name]
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise SteerError if one of the steerings `names` cannot be read where it is to be."""
+        for name in names:
+            reading_at(self._steering(name), self.site(name), np.empty(0, np.float32))
+
     @contextmanager
     def of(self, names: Iterable[str]) -> Iterator[None]:
         """Within it, every token evaluated is read for the steerings `names`. May be nested."""
         wanted = tuple(names)
-        for name in wanted:
-            reading_at(self._steering(name), self.site(name), np.empty(0, np.float32))
+        if not wanted:
+            yield
+            return
+        self.check(wanted)
         self._wanted.update(wanted)
         self._tell()
         try:

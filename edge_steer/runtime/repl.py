@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import replace
 
 from edge_steer.errors import SteerError
-from edge_steer.runtime.answer import Answer
+from edge_steer.runtime.answer import Answer, Piece
 from edge_steer.runtime.chat import Chat
 from edge_steer.runtime.transcript import save_transcript
 from edge_steer.user_path import user_path
@@ -20,6 +21,7 @@ HELP = """\
 /off             all dials off
 /compare TEXT    answer TEXT at −, off and +, same seed; not remembered
                  (at the ends of the safe range where one was measured, else at the last angle and its opposite)
+/read on         read every token of an answer: how far it lies toward the positive end; /read off
 /reset           forget the conversation
 /save FILE       write the conversation as JSON; `chat --resume FILE` goes on with it
 /help            this list
@@ -30,18 +32,26 @@ class Repl:
     """Answers questions and runs commands, line by line.
 
     read: gives the next line, raises EOFError at the end. say: told text of answers, as it comes.
-    note: told everything else, line by line.
+    note: told everything else, line by line. show, sum_up: how an answer's piece and its readings are written.
     """
 
     def __init__(
-        self, chat: Chat, read: Callable[[], str], say: Callable[[str], object], note: Callable[[str], object]
+        self,
+        chat: Chat,
+        read: Callable[[], str],
+        say: Callable[[str], object],
+        note: Callable[[str], object],
+        *,
+        show: Callable[[Piece], str] = lambda piece: piece.text,
+        sum_up: Callable[[Answer], str] = lambda _: "",
     ) -> None:
-        self.chat, self.read, self.say, self.note = chat, read, say, note
+        self.chat, self.read, self.say, self.note, self.show, self.sum_up = chat, read, say, note, show, sum_up
         self.dials = chat.llm.angles
         self._seen = {name: abs(dial) for name, dial in self.dials.items() if dial}  # what /compare goes to
         self._commands: dict[str, Callable[[str], object]] = {
             "/angle": self._angle, "/strength": self._strength, "/gate": self._gate, "/off": self._off,
-            "/compare": self._compare, "/reset": self._reset, "/save": self._save, "/help": lambda _: self.note(HELP),
+            "/compare": self._compare, "/read": self._read, "/reset": self._reset, "/save": self._save,
+            "/help": lambda _: self.note(HELP),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -86,17 +96,24 @@ class Repl:
                 shown.append(f"{steering.name} {turned}{'' if gate is None else gate}")
         return ", ".join(shown)
 
-    def _answer(self, pieces: Generator[str, None, Answer]) -> None:
+    def _answer(self, pieces: Generator[Piece, None, Answer]) -> None:
         """Say an answer as it comes, and end its line, also where it is stopped."""
         begun = False
         with closing(pieces):
             try:
-                for piece in pieces:
+                while True:
+                    try:
+                        piece = next(pieces)
+                    except StopIteration as end:
+                        answer: Answer = end.value
+                        break
                     begun = True
-                    self.say(piece)
+                    self.say(self.show(piece))
                 self.say("\n")
                 if not begun:
                     self.note("the answer is empty: the model ended it with its first token")
+                elif answer.readings and (line := self.sum_up(answer)):
+                    self.note(line)
             except KeyboardInterrupt:
                 if begun:
                     self.say("\n")
@@ -179,6 +196,16 @@ class Repl:
             elif name in self._seen:
                 found[name] = (-self._seen[name], None, self._seen[name])
         return found
+
+    def _read(self, rest: str) -> None:
+        if rest not in ("on", "off"):
+            raise SteerError(f"expected /read on or /read off, got /read {rest}".rstrip())
+        names = tuple(self.dials) if rest == "on" else ()
+        if rest == "on" and not names:
+            raise SteerError("there is no steering to read by; start the chat with -s FILE")
+        self.chat.llm.token_readings.check(names)
+        self.chat.sampling = replace(self.chat.sampling, read=names)
+        self.note(f"reading {', '.join(names)}" if names else "not reading")
 
     def _reset(self, _: str) -> None:
         self.chat.turns.clear()

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from edge_steer.runtime.answer import TokenChoice
 from edge_steer.serve.fields import ChatRequest
 from edge_steer.serve.service import Ended, Event, Said, Service
-from edge_steer.serve.shapes import choice_detail, head, usage
+from edge_steer.serve.shapes import answer_readings, choice_detail, head, token_readings, usage
 from edge_steer.serve.streaming import PING, collected, data, event_stream
 from edge_steer.serve.structured import format_grammar
 from edge_steer.serve.tools import ToolForm, tool_form
@@ -84,7 +84,8 @@ class _Answer:
         if calls:
             message["tool_calls"] = calls
         told = _log_probabilities(self.service, self.choices) if asked.logprobs else None
-        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish}
+        read = answer_readings(self.ended.answer)
+        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish, **read}
 
 
 def _take(answers: Sequence[_Answer], event: Event) -> None:
@@ -101,8 +102,8 @@ async def _chunks(
     answers = [_Answer(service, form) for _ in range(asked.n or 1)]
     empty = {"usage": None} if asked.stream_options and asked.stream_options.include_usage else {}
 
-    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, told: Any = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": finish}
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, told: Any = None, **more: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": finish, **more}
         return data({**top, "choices": [choice], **empty})
 
     for index in range(len(answers)):
@@ -114,8 +115,9 @@ async def _chunks(
             elif isinstance(event, Said):
                 shown = answers[event.index].add(event)
                 told = _log_probabilities(service, [event.piece.choice]) if event.piece.choice else None
-                if shown or told:
-                    yield chunk(event.index, {"content": shown}, told=told)
+                read = token_readings(event.piece)
+                if shown or told or read:
+                    yield chunk(event.index, {"content": shown}, told=told, **read)
             elif isinstance(event, Ended):
                 answers[event.index].ended = event
                 rest, calls, finish = answers[event.index].close()

@@ -13,7 +13,7 @@ from edge_steer.runtime.answer import TokenChoice
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import CompletionRequest
 from edge_steer.serve.service import Ended, Event, Said, Service
-from edge_steer.serve.shapes import head, token_bytes, usage
+from edge_steer.serve.shapes import answer_readings, head, token_bytes, token_readings, usage
 from edge_steer.serve.streaming import PING, collected, data, event_stream
 from edge_steer.serve.worker import Ping, Ticket
 
@@ -51,7 +51,13 @@ def routes(service: Service) -> APIRouter:
 
         await collected(request, ticket, service.events(ticket), take)
         choices = [
-            _choice(index, text, each.answer.finish, _log_probabilities(service, asked, found, len(echo)))
+            _choice(
+                index,
+                text,
+                each.answer.finish,
+                _log_probabilities(service, asked, found, len(echo)),
+                **answer_readings(each.answer),
+            )
             for index, (text, each, found, echo) in enumerate(zip(texts, ended, told, echoes, strict=True))
             if each is not None
         ]
@@ -90,8 +96,8 @@ async def _infill(service: Service, prompt: Any, suffix: str) -> list[int]:
     return service.checked([begin, *before, end, *behind, middle], "prompt")
 
 
-def _choice(index: int, text: str, finish: str | None, told: Any = None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": told, "finish_reason": finish}
+def _choice(index: int, text: str, finish: str | None, told: Any = None, **more: Any) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": told, "finish_reason": finish, **more}
 
 
 def _usage(ended: Sequence[Ended | None], n: int) -> dict[str, Any]:
@@ -134,7 +140,8 @@ async def _chunks(
             elif isinstance(event, Said):
                 told = _log_probabilities(service, asked, [event.piece.choice], offsets[event.index])
                 offsets[event.index] += len(event.piece.text)
-                yield data({**top, "choices": [_choice(event.index, event.piece.text, None, told)], **empty})
+                choice = _choice(event.index, event.piece.text, None, told, **token_readings(event.piece))
+                yield data({**top, "choices": [choice], **empty})
             elif isinstance(event, Ended):
                 ended[event.index] = event
                 yield data({**top, "choices": [_choice(event.index, "", event.answer.finish)], **empty})

@@ -106,6 +106,9 @@ class Common(Strict):
     presence_penalty: Charge | None = None
     logit_bias: Annotated[dict[str, Charge], Field(max_length=1024)] | None = None
     grammar: str | None = Field(default=None, max_length=_TEXT, description="llama.cpp's GBNF.")
+    read: bool | None = Field(
+        default=None, description="true: each choice and chunk has `readings`, how far tokens lie toward a steering."
+    )
     cache_prompt: bool | None = Field(default=None, description="false: evaluate the whole prompt anew.")
 
 

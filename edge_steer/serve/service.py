@@ -110,7 +110,18 @@ class Service:
             given["max_tokens"] = most if most > 0 else 1 << 30
         if request.logit_bias:
             given["logit_bias"] = self._bias(request.logit_bias)
+        if request.read:
+            given["read"] = self._read()
         return replace(self.sampling, **given, **more)
+
+    def _read(self) -> tuple[str, ...]:
+        """The names of all steerings, which a request wants read."""
+        names = tuple(each.name for each in self.llm.steerings)
+        try:
+            self.llm.token_readings.check(names)
+        except SteerError as error:
+            raise ApiError(400, str(error), param="read") from None
+        return names
 
     def _bias(self, given: Mapping[str, float]) -> dict[int, float]:
         found: dict[int, float] = {}
@@ -207,7 +218,7 @@ def _follow(pieces: Any, llm: SteeredLlama, ticket: Ticket, index: int) -> Answe
             except StopIteration as end:
                 answer: Answer = end.value
                 return answer
-            if piece.text or piece.choice:
+            if piece.text or piece.choice or piece.readings:
                 ticket.tell(Said(index, piece))
             ticket.turn(llm)
     finally:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from edge_steer.runtime.answer import Answer, Piece
 from edge_steer.serve.fields import Common
 from edge_steer.serve.gate_field import shown_gates
 from edge_steer.serve.service import Ended, Service
@@ -36,6 +37,29 @@ def usage(ended: Sequence[Ended | None]) -> dict[str, Any]:
     prompt = max((answer.prompt_tokens for answer in answers), default=0)
     generated = sum(answer.generated_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def token_readings(piece: Piece) -> dict[str, Any]:
+    """What a chunk of a request that reads has beside the text."""
+    found = piece.readings or {}
+    return {"readings": {name: round(value, 4) for name, value in found.items()}} if found else {}
+
+
+def answer_readings(answer: Answer) -> dict[str, Any]:
+    """What a choice of a request that reads has beside the text: every token's reading, and the prompt's mean, to which
+    the first token does not count, as all others lean on it."""
+    if answer.readings is None or answer.prompt_readings is None:
+        return {}
+    prompts = {name: found[1:] for name, found in answer.prompt_readings.items()}
+    return {
+        "readings": {
+            name: {
+                "prompt": round(float(prompts[name].mean()), 4) if len(prompts[name]) else None,
+                "tokens": [round(float(each), 4) for each in found],
+            }
+            for name, found in answer.readings.items()
+        }
+    }
 
 
 def token_bytes(service: Service, token: int) -> bytes:

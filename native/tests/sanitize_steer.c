@@ -136,16 +136,16 @@ static void reading(void) {
     float *axis = calloc(D, sizeof *axis), *to = malloc(3 * ROWS * sizeof *to);
     CHECK(axis != NULL && to != NULL);
     axis[D - 1] = 1;
-    struct steer_reader readers[2] = {{0, axis, 2, 1, to, 3 * ROWS, 0}, {3, axis, 1, 0, to, 0, 0}};
-    CHECK(steer_set_readers(m->hook, 2, readers) == STEER_OK);
+    struct steer_reading readings[2] = {{0, axis, 2, 1, to, 3 * ROWS, 0}, {3, axis, 1, 0, to, 0, 0}};
+    CHECK(steer_set_readings(m->hook, 2, readings) == STEER_OK);
     for (int32_t path = STEER_PATH_AUTO; path <= STEER_PATH_COPY; path++) {
         for (int i = 0; i < SITES; i++) m->tensor[i].buffer = path == STEER_PATH_HOST ? &fake_host : &fake_device;
         CHECK(steer_set_path(m->hook, path) == STEER_OK && decode(m) == 2 && status_of(m) == STEER_OK);
     }
-    CHECK(readers[0].at == 3 * ROWS && readers[1].at == 3 * ROWS);
+    CHECK(readings[0].at == 3 * ROWS && readings[1].at == 3 * ROWS);
     CHECK(to[3 * ROWS - 1] == 2 * m->tensor[0].data[ROWS * D - 1] + 1);
-    CHECK(decode(m) == 2 && readers[0].at == 4 * ROWS); /* no room */
-    CHECK(steer_set_readers(m->hook, 0, NULL) == STEER_OK && decode(m) == 0);
+    CHECK(decode(m) == 2 && readings[0].at == 4 * ROWS); /* no room */
+    CHECK(steer_set_readings(m->hook, 0, NULL) == STEER_OK && decode(m) == 0);
     close_model(m);
     free(axis);
     free(to);

@@ -338,16 +338,16 @@ static void the_recorder_sums_the_last_row_before_it_is_turned(void) {
     CHECK(fake_alive == 0);
 }
 
-static void readers_see_every_row_before_it_is_turned(void) {
+static void readings_are_of_every_row_before_it_is_turned(void) {
     float basis[SITES][2][D], rows[ROWS][D], was[ROWS][D], read[2][8];
     fill_planes(basis);
     for (int far_off = 0; far_off < 2; far_off++) {
         for (int on = 0; on < 2; on++) {
             steer_hook *hook = new_hook(true);
             const int32_t id = add(hook, STEER_TURN_BY, basis);
-            struct steer_reader readers[2] = {{1, basis[0][0], 2, -0.5, read[0], 8, 1}, {1, basis[1][1], 1, 0, read[1], 3, 0}};
+            struct steer_reading readings[2] = {{1, basis[0][0], 2, -0.5, read[0], 8, 1}, {1, basis[1][1], 1, 0, read[1], 3, 0}};
             if (on) CHECK(steer_dial(hook, id, (const double[]){-2, 0, 0}) == STEER_OK);
-            CHECK(steer_set_readers(hook, 2, readers) == STEER_OK);
+            CHECK(steer_set_readings(hook, 2, readings) == STEER_OK);
             for (int i = 0; i < 16; i++) (&read[0][0])[i] = 7;
             for (int k = 0; k < ROWS * D; k++) (&was[0][0])[k] = noise();
             memcpy(rows, was, sizeof was);
@@ -356,7 +356,7 @@ static void readers_see_every_row_before_it_is_turned(void) {
             CHECK(steer_eval(&t, true, hook) && steer_eval(&t, false, hook));
             CHECK(steer_eval(&elsewhere, true, hook) == (on == 1));
             CHECK((memcmp(rows, was, sizeof was) != 0) == (on == 1) && turned[1] == (on ? ROWS : 0));
-            CHECK(readers[0].at == 1 + ROWS && readers[1].at == ROWS); /* counted, though not written */
+            CHECK(readings[0].at == 1 + ROWS && readings[1].at == ROWS); /* counted, though not written */
             for (int row = 0; row < ROWS; row++) {
                 double p = 0, q = 0;
                 for (int i = 0; i < D; i++) p += was[row][i] * basis[0][0][i], q += was[row][i] * basis[1][1][i];
@@ -364,18 +364,18 @@ static void readers_see_every_row_before_it_is_turned(void) {
                 CHECK(row >= 3 || fabs(read[1][row] - q) < 1e-5);
             }
             CHECK(read[0][0] == 7 && read[0][1 + ROWS] == 7 && read[1][3] == 7);
-            readers[0].at = INT64_MAX;
-            CHECK(pass(hook, &t) && readers[0].at == INT64_MAX);
-            CHECK(steer_set_readers(hook, 0, NULL) == STEER_OK && steer_eval(&t, true, hook) == (on == 1));
-            CHECK(readers[1].at == 2 * ROWS);
+            readings[0].at = INT64_MAX;
+            CHECK(pass(hook, &t) && readings[0].at == INT64_MAX);
+            CHECK(steer_set_readings(hook, 0, NULL) == STEER_OK && steer_eval(&t, true, hook) == (on == 1));
+            CHECK(readings[1].at == 2 * ROWS);
             steer_free(hook);
         }
     }
     CHECK(fake_alive == 0);
     steer_hook *hook = new_hook(false);
-    const struct steer_reader good = {2, basis[0][0], 1, 0, read[0], 8, 0};
+    const struct steer_reading good = {2, basis[0][0], 1, 0, read[0], 8, 0};
     for (int wrong = 0; wrong < 8; wrong++) {
-        struct steer_reader bad = good;
+        struct steer_reading bad = good;
         const float axis[D] = {[D - 1] = NAN};
         switch (wrong) {
         case 0: bad.site = SITES; break;
@@ -387,10 +387,10 @@ static void readers_see_every_row_before_it_is_turned(void) {
         case 6: bad.to = NULL; break;
         case 7: bad.at = -1; break;
         }
-        CHECK(steer_set_readers(hook, 1, &bad) == STEER_BAD_ARGUMENT);
+        CHECK(steer_set_readings(hook, 1, &bad) == STEER_BAD_ARGUMENT);
     }
-    CHECK(steer_set_readers(hook, 1, NULL) == STEER_BAD_ARGUMENT);
-    CHECK(steer_set_readers(hook, -1, NULL) == STEER_BAD_ARGUMENT && steer_set_readers(NULL, 0, NULL));
+    CHECK(steer_set_readings(hook, 1, NULL) == STEER_BAD_ARGUMENT);
+    CHECK(steer_set_readings(hook, -1, NULL) == STEER_BAD_ARGUMENT && steer_set_readings(NULL, 0, NULL));
     struct ggml_tensor t = tensor("attn_norm-1", &host, &rows[0][0], ROWS);
     CHECK(!steer_eval(&t, true, hook)); /* none of those was taken */
     steer_free(hook);
@@ -465,12 +465,12 @@ static void a_product_or_a_sum_is_turned_by_the_node_that_computes_it(void) {
         CHECK(steer_set_record(hook, NULL) == STEER_OK && !steer_eval(&t, true, hook) && t.op == 'c');
 
         float read[ROWS]; /* and where it is read, also where the graph is forced */
-        struct steer_reader reader = {2, basis[0][0], 1, 0, read, ROWS, 0};
+        struct steer_reading reading = {2, basis[0][0], 1, 0, read, ROWS, 0};
         memcpy(inside, x, sizeof x);
-        CHECK(steer_set_readers(hook, 1, &reader) == STEER_OK && steer_eval(&t, true, hook) && t.op == op);
+        CHECK(steer_set_readings(hook, 1, &reading) == STEER_OK && steer_eval(&t, true, hook) && t.op == op);
         compute(&t, 1);
-        CHECK(steer_eval(&t, false, hook) && memcmp(inside, after, (size_t)n * sizeof *inside) == 0 && reader.at == n);
-        CHECK(steer_set_readers(hook, 0, NULL) == STEER_OK && !steer_eval(&t, true, hook) && t.op == 'c');
+        CHECK(steer_eval(&t, false, hook) && memcmp(inside, after, (size_t)n * sizeof *inside) == 0 && reading.at == n);
+        CHECK(steer_set_readings(hook, 0, NULL) == STEER_OK && !steer_eval(&t, true, hook) && t.op == 'c');
         for (int c = 0; c < N_CASES; c++) CHECK(steer_dial(hook, c, NULL) == STEER_OK);
         CHECK(!steer_eval(&t, true, hook) && t.op == op); /* idle: as llama.cpp made it */
         for (size_t i = 0; i < sizeof t.params; i++) CHECK(t.params[i] == 0);
@@ -591,7 +591,7 @@ int main(void) {
     bad_arguments_are_refused_and_leave_the_hook_as_it_was();
     nodes_are_known_by_address_and_name();
     the_recorder_sums_the_last_row_before_it_is_turned();
-    readers_see_every_row_before_it_is_turned();
+    readings_are_of_every_row_before_it_is_turned();
     a_product_or_a_sum_is_turned_by_the_node_that_computes_it();
     what_cannot_be_turned_inside_the_graph_is_turned_afterwards();
     the_likeliest_token_once_charges_are_made();

@@ -9,7 +9,7 @@
 
 #include "../../native/tests/bare_ggml.h"
 
-enum { MOST_SITES = 12, MOST_ROWS = 5, MOST_WIDTH = 40, TENSORS = 6, MOST_READERS = 3, MOST_CALLS = 200 };
+enum { MOST_SITES = 12, MOST_ROWS = 5, MOST_WIDTH = 40, TENSORS = 6, MOST_READINGS = 3, MOST_CALLS = 200 };
 
 /* ---- the input ------------------------------------------------------------------------------------------------ */
 
@@ -68,7 +68,7 @@ static struct {
     int64_t d, reached[MOST_SITES], turned[MOST_SITES];
     int32_t n_sites;
     struct steer_record record;
-    struct steer_reader reader[MOST_READERS];
+    struct steer_reading reading[MOST_READINGS];
     struct ggml_tensor tensor[TENSORS];
 } it;
 
@@ -78,12 +78,12 @@ static void demand(bool truth, const char *what) {
     abort();
 }
 
-static void drop_readers(void) {
-    for (int i = 0; i < MOST_READERS; i++) {
-        free((void *)it.reader[i].axis);
-        free(it.reader[i].to);
+static void drop_readings(void) {
+    for (int i = 0; i < MOST_READINGS; i++) {
+        free((void *)it.reading[i].axis);
+        free(it.reading[i].to);
     }
-    memset(it.reader, 0, sizeof it.reader);
+    memset(it.reading, 0, sizeof it.reading);
 }
 
 static void close_hook(void) {
@@ -95,7 +95,7 @@ static void close_hook(void) {
     free(it.record.count);
     free(it.record.rows);
     memset(&it.record, 0, sizeof it.record);
-    drop_readers();
+    drop_readings();
 }
 
 static void open_hook(void) {
@@ -179,19 +179,19 @@ static void record(void) {
 
 static void read_rows(void) {
     if (it.hook == NULL || it.d > 1 << 12) return;
-    demand(steer_set_readers(it.hook, 0, NULL) == STEER_OK, "reading can end");
-    drop_readers();
-    const int32_t n = (int32_t)(byte() % (MOST_READERS + 1));
+    demand(steer_set_readings(it.hook, 0, NULL) == STEER_OK, "reading can end");
+    drop_readings();
+    const int32_t n = (int32_t)(byte() % (MOST_READINGS + 1));
     for (int i = 0; i < n; i++) {
-        struct steer_reader *r = &it.reader[i];
+        struct steer_reading *r = &it.reading[i];
         const int64_t room = byte() % 16;
         float *axis = byte() < 250 ? malloc((size_t)it.d * sizeof *axis) : NULL;
         for (int64_t k = 0; axis && k < it.d; k++) axis[k] = k < 32 ? number() : 0.5f;
-        *r = (struct steer_reader){(int32_t)about(it.n_sites), axis, (double)number(), (double)number(),
+        *r = (struct steer_reading){(int32_t)about(it.n_sites), axis, (double)number(), (double)number(),
                                    byte() < 250 ? malloc((size_t)room * sizeof(float) + 1) : NULL, room, about(16)};
     }
-    const int32_t status = steer_set_readers(it.hook, n, byte() < 250 ? it.reader : NULL);
-    demand(status == STEER_OK || status == STEER_BAD_ARGUMENT, "readers are taken or refused");
+    const int32_t status = steer_set_readings(it.hook, n, byte() < 250 ? it.reading : NULL);
+    demand(status == STEER_OK || status == STEER_BAD_ARGUMENT, "readings are taken or refused");
 }
 
 /* A node as a graph of llama.cpp might have it, or never has. The address of an earlier one may come again. */

@@ -1,0 +1,88 @@
+"""`edge-steer read`: texts told apart by a steering's direction."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from edge_steer.cli import options
+
+
+@click.command()
+@options.model_option
+@click.option(
+    "-s", "--steering", multiple=True, metavar="FILE[:ANGLE]", help="A steering file; off without an angle. Repeats."
+)
+@click.argument("file", metavar="FILE|-")
+@click.option("--site", metavar="SITE", help="Read at this site, such as blk.12.attn_norm.  [default: the clearest]")
+@click.option("--last", is_flag=True, help="The last token's reading in place of the mean over all but the first.")
+@click.option("--chat", "as_chat", is_flag=True, help="Read each text as a user's question, as calibration does.")
+@click.option("--tokens", "each_token", is_flag=True, help="With --json, also the reading of every token.")
+@options.run_options
+@options.rpc_option
+@options.json_option
+def read(
+    model: str,
+    steering: tuple[str, ...],
+    file: str,
+    site: str | None,
+    last: bool,
+    as_chat: bool,
+    each_token: bool,
+    as_json: bool,
+    ctx: int | None,
+    gpu_layers: int,
+    threads: int | None,
+    seed: int,
+    chat_template: str | None,
+    rpc: tuple[str, ...],
+) -> None:
+    """Tell how far each text lies toward a steering's positive end.
+
+    FILE has a text a line; - is standard input. A reading of +1 is the mean of the positive prompts that the steering
+    was calibrated on, -1 that of the negative ones.
+
+    \b
+    edge-steer read -m smollm2-135m -s happy.gguf texts.txt
+    """
+    from edge_steer.cli.readings import choose_sites
+
+    if each_token and not as_json:
+        raise click.UsageError("--tokens adds to --json; give both")
+    texts = _lines(file)
+    llm = options.open_model(
+        model, steering, angle=None, strength=None, scope="all", engine="auto", may_be_off=True,
+        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
+    )  # fmt: skip
+    if not options.names_angles(steering, None, None):
+        llm.angles.update(dict.fromkeys(llm.angles))
+    names = choose_sites(llm, site)
+    for text in texts:
+        asked: Any = [{"role": "user", "content": text}] if as_chat else text
+        found = llm.read(asked, names)
+        # The first token is what all others lean on, whatever it is.
+        scores = {name: float(each[-1] if last or len(each) == 1 else each[1:].mean()) for name, each in found.items()}
+        if not as_json:
+            shown = [f"{score:+.2f}" if len(scores) == 1 else f"{name} {score:+.2f}" for name, score in scores.items()]
+            click.echo("\t".join([*shown, text]))
+            continue
+        record: dict[str, Any] = {"text": text, "readings": {name: round(score, 4) for name, score in scores.items()}}
+        if each_token:
+            record["tokens"] = {name: [round(float(value), 4) for value in each] for name, each in found.items()}
+        click.echo(json.dumps(record, ensure_ascii=False))
+
+
+def _lines(file: str) -> list[str]:
+    """The texts of a file, a line each; blank lines are passed over."""
+    from pathlib import Path
+
+    from edge_steer.cli.generate import standard_input
+    from edge_steer.errors import SteerError
+    from edge_steer.prompt_files import read_text
+
+    text = standard_input("texts") if file == "-" else read_text(Path(file))
+    if not (found := [line.strip() for line in text.splitlines() if line.strip()]):
+        raise SteerError(f"{file}: expected a text a line, got none")
+    return found
