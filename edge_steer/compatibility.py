@@ -34,7 +34,8 @@ _DECLARED = (
     "llama_backend_init llama_chat_apply_template llama_chat_builtin_templates llama_log_callback llama_log_set "
     "llama_model_default_params llama_model_free llama_model_get_vocab llama_model_load_from_file "
     "llama_model_quantize llama_model_quantize_default_params llama_print_system_info llama_set_adapters_lora "
-    "llama_supports_gpu_offload llama_supports_rpc llama_token llama_token_to_piece llama_tokenize llama_vocab_is_eog"
+    "llama_supports_gpu_offload llama_supports_rpc llama_token llama_token_to_piece llama_tokenize "
+    "llama_vocab_is_control llama_vocab_is_eog"
 )
 
 _PENALTIES = "repeat_penalty frequency_penalty presence_penalty"

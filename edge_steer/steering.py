@@ -45,6 +45,7 @@ class Steering:
     threshold:  of `adaptive`. angle: default dial. angle_min, angle_max: safe range. NaN: not measured. All four are
                 rounded to float32, as the file holds them.
     provisional: whether the range is calibration's quick measure; `sweep --write` replaces it.
+    gate: when it acts in an answer, such as "@response"; "": always. See docs/gates.md.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Steering:
     angle_min: float = math.nan
     angle_max: float = math.nan
     provisional: bool = False
+    gate: str = ""
     made: Made = field(default_factory=Made)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.choices import OPERATORS, PLANES, RANK
-from edge_steer.errors import FormatError, shown
+from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.gate import Gate
 from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME
 from edge_steer.sites import KINDS
 
@@ -71,6 +72,11 @@ def _check_texts(steering: Steering) -> None:
         demand(steering, found is None, f"{name} without control characters", shown(text))
     length = len(steering.name)
     demand(steering, 0 < length <= MAX_NAME, f"a name of 1 to {MAX_NAME} characters", f"{length}")
+    try:
+        parsed = Gate.parse(steering.gate) if steering.gate else None
+    except SteerError as error:
+        raise FormatError(f"steering {shown(steering.name)}: {error}") from None
+    demand(steering, not steering.gate or parsed is not None, "a gate, or none for always", shown(steering.gate))
     demand(steering, bool(steering.base.architecture), "the architecture it is for", "none")
     for name in ("architecture", "name"):
         length = len(getattr(steering.base, name))

@@ -44,6 +44,7 @@ _STEERING: dict[str, Kind] = {
     **dict.fromkeys(("basis", "separation", "mean_norm", "class_means"), _array_of(GGUFValueType.FLOAT32)),
     **dict.fromkeys(("threshold", "angle", "angle_min", "angle_max"), _F32),
     "provisional": _BOOL,
+    "gate": _TEXT,
 }
 _REQUIRED = {"name", "operator", "plane", "sites", "mask", "site_plane", "rank", "basis"}
 _BASE: dict[str, Kind] = {
@@ -155,7 +156,7 @@ def metadata(steerings: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
 
     sections: list[tuple[str, Mapping[str, Kind], Mapping[str, Any]]] = []
     for number, steering in enumerate(steerings):
-        fields = {**steering, "rank": steering["basis"].shape[1]}
+        fields = {**steering, "gate": steering["gate"] or None, "rank": steering["basis"].shape[1]}
         fields.update((name, steering[name].ravel()) for name in ("basis", "class_means"))
         sections.append((f"steering.{number}.", _STEERING, fields))
         if steering["made"] != made:

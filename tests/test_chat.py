@@ -209,6 +209,23 @@ def test_strength_is_a_share_of_the_measured_range(model: Path) -> None:
     assert talk(alone, "/strength 0.5")[1] == ["happy +7.5"]
 
 
+def test_a_gate_acts_from_the_next_answer_on(llm: SteeredLlama) -> None:
+    def said(*lines: str) -> str:
+        text, notes, _ = talk(llm, *lines, "/off", "/gate happy @all", "/angle happy 20")
+        assert notes[-1] == "happy +20, formal off"
+        return text
+
+    plain, gated = said("hello there"), said("/gate happy @first:3", "hello there")
+    llm.gates["happy"] = "@first:3"
+    assert gated == answer_to(llm, [{"role": "user", "content": "hello there"}]).text + "\n" != plain
+    notes = talk(llm, "/gate", "/gate happy @decay:9@text", "/gate @text", "/gate sad @text", "/gate happy text")[1]
+    assert notes[:2] == ["happy +20@first:3, formal off", "happy +20@decay:9@text, formal off"]
+    for note, word in zip(notes[2:], ("/gate NAME", "among happy, formal", "/gate NAME"), strict=True):
+        assert note.startswith("Error: ")
+        assert word in note
+    assert str(llm.gates["happy"]) == "@decay:9@text"
+
+
 def test_an_ablation_is_compared_on_and_off_only(model: Path) -> None:
     llm = SteeredLlama(model, steering=steering_for(model, "ablation", name="no"), **SMALL)
     said, _, _ = talk(llm, "/compare Hello", "/off", "/angle on")

@@ -23,7 +23,7 @@ from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.choices import OPERATORS
 from edge_steer.cli import main as main_module
 from edge_steer.prompt_files import prompt_set
-from edge_steer.runtime.dials import split_dial
+from edge_steer.runtime.dials import split_argument, split_dial
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering, save_all
 
@@ -301,6 +301,42 @@ def test_a_file_whose_name_ends_like_a_dial_is_that_file(tmp_path: Path) -> None
         assert split_dial(argument) == parts
     (tmp_path / "calm").touch()
     assert split_dial(f"{tmp_path}/calm:2") == (f"{tmp_path}/calm", 2)
+
+
+def test_a_gate_stands_behind_the_dial_of_a_file(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "calm@home").touch()
+    (tmp_path / "happy").touch()
+    for argument, parts in {
+        "calm:2@response": ("calm", 2, "@response"),
+        "me@home/calm:2@first:3@text": ("me@home/calm", 2, "@first:3@text"),
+        "calm@when a:b>1": ("calm", None, "@when a:b>1"),
+        "calm@nonsense": ("calm@nonsense", None, None),
+        f"{tmp_path}/calm@home": (f"{tmp_path}/calm@home", None, None),
+        f"{tmp_path}/calm@home:3@all": (f"{tmp_path}/calm@home", 3, "@all"),
+        f"{tmp_path}/happy:2@nonsense": (f"{tmp_path}/happy", 2, "@nonsense"),
+    }.items():
+        assert split_argument(argument) == parts
+    common = ("generate", "-m", place / "llama.gguf", "Hello there", "--json", "-n", 24, *ONE_THREAD, "-s")
+    plain, gated, off = (
+        json.loads(ran(*common, f"{place / 'mood.gguf'}:{rest}").stdout)["text"]
+        for rest in ("170", "170@after:3", "170@after:99")
+    )
+    assert len({plain, gated, off}) == 3
+    refused = run(*common, f"{place / 'mood.gguf'}:60@frst:3")
+    assert refused.exit_code == 1
+    assert "did you mean @first?" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_what_holds_no_gate_says_that_it_does_not_act(place: Path, tmp_path: Path) -> None:
+    Steering.load(place / "mood.gguf").with_(gate="@first:3", angle=5).save(tmp_path / "mood.gguf")
+    assert "@first:3" in ran("inspect", tmp_path / "mood.gguf").stdout
+    common = ("export", "-m", place / "llama.gguf", "-s", tmp_path / "mood.gguf")
+    found = ran(*common, "--to", "gguf", "-o", tmp_path / "baked.gguf")
+    assert "note: the gate @first:3 of 'mood' does not act in what is written" in found.stderr
+    found = ran(*common, "--to", "embedded", "-o", tmp_path / "embedded.gguf")
+    assert "does not act" not in found.stderr
+    assert Steering.load(tmp_path / "embedded.gguf").gate == "@first:3"
 
 
 def test_doctor_counts_the_sites_of_a_model(place: Path) -> None:

@@ -52,7 +52,7 @@ def full_steering(name: str, **made: Any) -> Steering:
         name, "selective", "local", SITES, [True, False], [0, 1], np.stack([np.eye(4)[:2], np.eye(4)[2:]]),
         BaseModel("llama", "Tiny", 2, 4, "ab" * 32), separation=numbers, mean_norm=numbers,
         class_means=[numbers, numbers], description="text",
-        threshold=0.5, angle=4, angle_min=-8, angle_max=8, provisional=True,
+        threshold=0.5, gate="@first:2", angle=4, angle_min=-8, angle_max=8, provisional=True,
         made=Made("native", "Tiny", "cd" * 32, "0.1.0", "2026-01-31", 24, 23, **made),
     )  # fmt: skip
 

@@ -323,3 +323,68 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(model: Pa
 
         assert client.post(CHAT, content=parts(), headers={"Content-Type": "application/json"}).status_code == 413
         assert ask(client)["choices"]
+
+
+# --- when it acts -----------------------------------------------------------------------------------------------------
+
+
+def gated_answer(model: Path, gate: str) -> str:
+    """What SteeredLlama itself answers with happy under a gate."""
+    llm = open_llm(model)
+    llm.angles.update(happy=30, formal=None)
+    llm.gates["happy"] = gate
+    text = generate_answer(llm, HELLO, GREEDY).text
+    llm.close()
+    return text
+
+
+def test_a_request_says_when_a_steering_acts_and_the_next_one_is_as_before(client: TestClient, model: Path) -> None:
+    before = said(ask(client, steering={"happy": 30}))
+    expected = gated_answer(model, "@after:3")
+    assert expected != before
+    for given in (
+        {"steering": {"happy": {"angle": 30, "when": "@after:3"}}},
+        {"steering": "happy:30@after:3"},
+        {"model": "tiny@happy:30@after:3"},
+    ):
+        found = ask(client, **given)
+        assert said(found) == expected
+        assert found["steering"] == {"happy": {"angle": 30, "when": "@after:3"}, "formal": None}
+    assert said(ask(client, steering={"happy": 30})) == before
+    assert said(ask(client, steering={"happy": {"angle": 30, "when": ""}})) == before
+
+
+def test_a_strength_or_the_files_default_may_have_a_gate(client: TestClient) -> None:
+    gated = "@first:2"
+    assert ask(client, steering={"happy": {"strength": 0.5, "when": gated}})["steering"]["happy"]["angle"] == 20
+    assert ask(client, steering={"happy": {"when": gated}})["steering"]["happy"] == {"angle": 20, "when": gated}
+    assert ask(client, steering="happy@first:2, formal:3")["steering"]["happy"] == {"angle": 20, "when": gated}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"happy": {"angle": 8, "when": "@frst:3"}}, "did you mean @first?"),
+        ({"happy": {"angle": 8, "when": 3}}, "expected a gate such as @response"),
+        ({"happy": {"angle": 8, "when": ["@response"]}}, "expected a gate such as @response"),
+        ({"happy": {"angle": 8, "when": "@when sad>1"}}, "expected a steering among happy, formal, got 'sad'"),
+        ({"happy": {"angle": 8, "when": "@thinking"}}, "expected a model that marks its thinking"),
+        ("sad:8@response", "expected a steering among happy, formal, got 'sad'"),
+        ("happy:8@first:0", "expected @first:N with N from 1"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_in_a_line(client: TestClient, given: Any, expected: str) -> None:
+    found = client.post(CHAT, json={"messages": HELLO, **ASKED, "steering": given})
+    assert found.status_code == 400
+    assert expected in found.json()["error"]["message"]
+    assert found.json()["error"]["param"] == "steering"
+
+
+def test_the_servers_own_gates_hold_where_a_request_names_none(model: Path) -> None:
+    with serving(model) as client:
+        assert client.get("/v1/steering").json()["steerings"][0]["when"] is None
+        found = client.post("/v1/steering", json={"steering": {"happy": {"angle": 30, "when": "@after:3"}}})
+        assert found.json()["steerings"][0]["when"] == "@after:3"
+        expected = gated_answer(model, "@after:3")
+        assert said(ask(client)) == said(ask(client, steering={"happy": 30})) == expected
+        assert said(ask(client, steering={"happy": {"angle": 30, "when": "@all"}})) != expected

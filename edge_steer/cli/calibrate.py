@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     help="Project this preset's or steering's direction out; repeats; none for nothing.  [default: refusal, for "
     "another preset on a model that is near refusing]",
 )
+@click.option(
+    "--gate", metavar="GATE", help="When it acts in an answer, such as @response or @after-thinking@first:50."
+)
 @click.option("--no-dial", is_flag=True, help="Leave out measuring a default angle and a provisional range.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N prompts of each side.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Prompts at once (torch).")
@@ -92,6 +95,7 @@ def calibrate(
     layers: str | None,
     mask: Mask | None,
     orthogonal_to: tuple[str, ...],
+    gate: str | None,
     no_dial: bool,
     limit: int | None,
     batch_size: int,
@@ -111,7 +115,9 @@ def calibrate(
     """
     from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model, load_axes, load_prompts
     from edge_steer.cli.progress import bar
+    from edge_steer.gate import Gate
 
+    acts = str(Gate.parse(gate) or "") if gate else ""
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
     target = options.output_path(output, force, model, positive, negative, *orthogonal_to)
@@ -127,7 +133,7 @@ def calibrate(
     )  # fmt: skip
     engine = _open_engine(model, {"batch_size": batch_size, "device": device, "dtype": dtype}, run)
     steering = calibrate_model(engine, prompts, wanted, name=name or target.stem, progress=bar, note=options.note)
-    steering.save(target, force=force)
+    steering.with_(gate=acts).save(target, force=force)
     options.note(
         f"{steering.name}: {steering.positive} (+) against {steering.negative} (−), {steering.operator}, "
         f"{steering.plane} planes, {len(steering.steered)} of {len(steering.sites)} sites, for {steering.base.name}"

@@ -53,15 +53,17 @@ def convert(
     from edge_steer.converters.source import read
     from edge_steer.converters.write import write
     from edge_steer.errors import SteerError
-    from edge_steer.runtime.dials import named_steerings, split_dial
+    from edge_steer.runtime.dials import named_steerings, split_argument
 
     if embed and not steering:
         raise click.UsageError("--embed puts a steering into the file; give one with -s FILE")
     target = Path(output)
     if target.exists() and not force:
         raise SteerError(f"{target} exists; give --force to overwrite it, or another -o")
-    options.check_not_an_input([target], *(split_dial(each)[0] for each in steering), *Path(directory).glob("*"))
+    options.check_not_an_input([target], *(split_argument(each)[0] for each in steering), *Path(directory).glob("*"))
     steerings, dials = named_steerings(steering)
+    if not embed:
+        options.note_gates(steerings, "what is written: it acts on every token")
     source = read(directory, pre=pre)
     dialled = [(each, dials[each.name]) for each in steerings]
     source, changes = (source, None) if embed else baking(source, dialled)

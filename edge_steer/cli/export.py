@@ -64,19 +64,21 @@ def export(
     from edge_steer.cli.progress import bar
     from edge_steer.errors import SteerError
     from edge_steer.fetch import resolve
-    from edge_steer.runtime.dials import split_dial
+    from edge_steer.runtime.dials import split_argument
 
     if steered_type is not None and to != "gguf":
         raise click.UsageError("--steered-type is for --to gguf")
     target = FORMATS[to]
     steerings = _load_steerings(steering, angle, model)
+    if to != "embedded":
+        options.note_gates([each for each, _ in steerings], "what is written: it acts on every token")
     path = resolve(model, fetch=True)
     if path.is_dir() != target.reads_folder:
         kinds = ("a Hugging Face directory", "a GGUF")
         wanted, got = kinds if target.reads_folder else kinds[::-1]
         raise SteerError(f"expected {wanted} for --to {to}, got {got} at {path}")
     job = ExportJob(path, Path(output), steerings, steered_type, force, bar)
-    options.check_not_an_input(target.replaced_files(job), path, *(split_dial(each)[0] for each in steering))
+    options.check_not_an_input(target.replaced_files(job), path, *(split_argument(each)[0] for each in steering))
     paths, described = target.write(job)
     click.echo(described, err=True)
     for written in paths:
@@ -86,10 +88,9 @@ def export(
 def _load_steerings(arguments: tuple[str, ...], angle: float | None, model: str) -> list[tuple[Steering, float | None]]:
     """The steerings of the arguments, with the dials that are given and None where none is."""
     from edge_steer.errors import SteerError
-    from edge_steer.runtime.dials import load_steerings, split_dial
-    from edge_steer.sharing.find import find_steerings
+    from edge_steer.runtime.dials import load_argument, load_steerings
 
-    found = [(each, dial) for path, dial in map(split_dial, arguments) for each in find_steerings(path, model)]
+    found = [(each, dial) for several, dial in (load_argument(each, model) for each in arguments) for each in several]
     if angle is not None:
         if len(found) != 1:
             raise SteerError(f"--angle is for one steering, got {len(found)}; write -s FILE:ANGLE for each")

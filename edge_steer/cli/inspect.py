@@ -35,6 +35,7 @@ def as_record(steering: Steering) -> dict[str, Any]:
         "angle_min": _number(steering.angle_min),
         "angle_max": _number(steering.angle_max),
         "provisional": steering.provisional,
+        "gate": steering.gate,
         "steered": len(steering.steered),
         "base": vars(steering.base),
         "made": {name: _plain(value) for name, value in vars(steering.made).items()},
@@ -88,6 +89,8 @@ def _print(steering: Steering) -> None:
         rows["without"] = f"what it shares with {', '.join(made.orthogonal_to)}"
     if made.candidates:
         rows["chosen"] = f"{made.candidates[0]}, among {', '.join(made.candidates[1:]) or 'none other'}"
+    if steering.gate:
+        rows["gate"] = steering.gate
     if steering.operator == "adaptive":
         rows["threshold"] = f"{steering.threshold:g}"
     if steering.operator == "ablation":

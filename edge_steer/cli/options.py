@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge_steer.runtime.cache import Scope
     from edge_steer.runtime.engines import EngineName
     from edge_steer.runtime.llama import SteeredLlama
+    from edge_steer.steering import Steering
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,9 +37,9 @@ model_option = click.option(
 
 steering_options = _all(
     click.option(
-        "-s", "--steering", multiple=True, metavar="FILE[:ANGLE]",
-        help="A steering, with its angle: a file, PACK.zip/NAME, hub:USER/REPO/NAME, or the NAME of a measured one; "
-        "repeats.",
+        "-s", "--steering", multiple=True, metavar="FILE[:ANGLE][@GATE]",
+        help="A steering, with its angle and when it acts, as happy.gguf:8@response: a file, PACK.zip/NAME, "
+        "hub:USER/REPO/NAME, or the NAME of a measured one; repeats.",
     ),
     click.option("--angle", type=float, help="Angle in degrees (the coefficient for addition), for the one steering."),
     click.option(
@@ -207,9 +208,16 @@ def open_model(
 
 def names_angles(steering: Sequence[str], angle: float | None, strength: float | None) -> bool:
     """Whether the steering options say where a dial stands."""
-    from edge_steer.runtime.dials import split_dial
+    from edge_steer.runtime.dials import split_argument
 
-    return angle is not None or strength is not None or any(split_dial(each)[1] is not None for each in steering)
+    return angle is not None or strength is not None or any(split_argument(each)[1] is not None for each in steering)
+
+
+def note_gates(steerings: Sequence[Steering], where: str) -> None:
+    """Say of gated steerings that their gates do not act."""
+    for each in steerings:
+        if each.gate:
+            note(f"the gate {each.gate} of {each.name!r} does not act in {where}")
 
 
 def output_path(output: str, force: bool, *inputs: str | Path | None) -> Path:

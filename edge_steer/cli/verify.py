@@ -57,7 +57,8 @@ def verify(
 
     path, parameters = options.run_parameters(model, ctx=None, gpu_layers=gpu_layers, threads=threads, seed=0)
     steerings, dials = named_steerings(steering or (path,), angle=angle, model=model)
-    dialled = [(each, dials[each.name]) for each in steerings]
+    options.note_gates(steerings, "this comparison: it acts on every token")
+    dialled = [(each.with_(gate=""), dials[each.name]) for each in steerings]
     found = compare(path, dialled, hf=hf, tokens=tokens, progress=bar, **parameters)
     if as_json:
         click.echo(json.dumps(_record(path, dials, found), ensure_ascii=False, indent=2))

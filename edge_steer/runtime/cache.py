@@ -7,7 +7,7 @@ does not fit. Nothing here knows a model: it is arithmetic on states.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,21 +17,35 @@ import numpy as np
 from edge_steer.rotation import Action
 
 Scope = Literal["all", "response"]
+Actions = tuple[Action | None, ...]  # of the steerings, in their order; None is off
 # States that are told apart before those that no cached token bears are forgotten: each costs some 400 bytes.
 _MOST = 4096
 
 
 @dataclass(frozen=True)
 class State:
-    """What acted on a token. digest: of the steerings and what each did, "" where none acted. response: whether the
-    prompt before it was left unsteered. The same in every process."""
+    """What acted on a token: digests of steerings and what each did, "" where none acted. The same in every process.
 
-    digest: str
-    response: bool
+    digest: of all that acted. always: of those among them that no gate held back. gated: fingerprints of the others.
+    """
+
+    digest: str = ""
+    always: str = ""
+    gated: frozenset[str] = frozenset()
 
 
-OFF = State("", False)
-_UNKNOWN = State("?", False)  # of a token that something else cached: fits nothing
+OFF = State()
+_UNKNOWN = State("?", "?")  # of a token that something else cached: fits nothing
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer wants of the cache: the state of its prompt's tokens, that of the last one, and the fingerprints
+    of the steerings whose gates leave the prompt alone."""
+
+    prompt: State
+    last: State
+    gated: frozenset[str] = frozenset()
 
 
 class CacheStamps:
@@ -48,14 +62,24 @@ class CacheStamps:
         self._opens = np.zeros(length, np.bool_)
         self.state = lru_cache(maxsize=_MOST)(self._state)
 
-    def _state(self, actions: tuple[Action | None, ...], response: bool) -> State:
-        """The state in which the steerings do `actions`. Those that act alike are one; off is always the same."""
+    def _state(self, actions: Actions, gated: tuple[bool, ...] = ()) -> State:
+        """The state in which the steerings do `actions`; gated: which of them stand under a gate, () for none. Those
+        that act alike are one; off is always the same."""
         acting = [
-            f"{fingerprint} {action}"
-            for fingerprint, action in zip(self._fingerprints, actions, strict=True)
+            (fingerprint, f"{fingerprint} {action}", under)
+            for fingerprint, action, under in zip(
+                self._fingerprints, actions, gated or (False,) * len(actions), strict=True
+            )
             if action is not None
         ]
-        return State(hashlib.sha256("\n".join(acting).encode()).hexdigest(), response) if acting else OFF
+        every, always = [each for _, each, _ in acting], [each for _, each, under in acting if not under]
+        return State(_digest(every), _digest(always), frozenset(each for each, _, under in acting if under))
+
+    def wanted(self, prompt: Actions, last: Actions, gated: tuple[bool, ...]) -> Wanted:
+        """What an answer wants whose prompt is evaluated under the actions `prompt`, and its last token under `last`.
+        gated: as for `state`."""
+        under = frozenset(each for each, gate in zip(self._fingerprints, gated, strict=False) if gate)
+        return Wanted(self.state(prompt, gated), self.state(last, gated), under)
 
     def stamp(self, begin: int, end: int, state: State, *, opens: bool = False) -> None:
         """Note that the tokens begin…end were computed under `state`; opens: that a response
@@ -75,22 +99,22 @@ class CacheStamps:
             self._numbers = {each: number for each, number in self._numbers.items() if number in used}
         return self._numbers.setdefault(state, max(self._numbers.values()) + 1)
 
-    def usable(self, shared: int, length: int, now: State, scope: Scope) -> int:
-        """How many of the first `shared` cached tokens, which a prompt of `length` tokens begins with, fit an answer
-        under `now`."""
-        stamps = self._stamps[:shared]
-        current = self._numbers.get(now, -1)
-        if scope == "all":
-            fits = stamps == current
+    def usable(self, shared: int, length: int, wanted: Wanted) -> int:
+        """How many of the first `shared` cached tokens, which a prompt of `length` tokens begins with, fit an answer.
+
+        A prompt bears what is not gated. What stands in it of earlier answers stays as it was written: there, any
+        gated steering may have acted in any way.
+        """
+        stamps, plain = self._stamps[:shared], self._numbers.get(wanted.prompt, -1)
+        if not wanted.gated:
+            fits = stamps == plain
         else:
-            # A prompt is not steered; what stands in it of earlier answers was.
-            written = [number for state, number in self._numbers.items() if state.response]
-            fits = (stamps == 0) | np.isin(stamps, written)
+            fits = np.isin(stamps, [number for state, number in self._numbers.items() if _written(state, wanted)])
             if shared == len(stamps) == length:
-                fits[-1:] = stamps[-1:] == current
+                fits[-1:] = stamps[-1:] == self._numbers.get(wanted.last, -1)
         keep = shared if fits.all() else int(np.flatnonzero(~fits)[0])
-        # A former last prompt token without its answer is a prompt token again, which is not steered.
-        if scope == "response" and 0 < keep < length and self._opens[keep - 1] and stamps[keep - 1] != 0:
+        # A former last prompt token without its answer is a prompt token again, on which no gated steering acts.
+        if wanted.gated and 0 < keep < length and self._opens[keep - 1] and stamps[keep - 1] != plain:
             keep -= 1
         return keep
 
@@ -110,3 +134,12 @@ class CacheStamps:
             return
         for at, (state, opens) in enumerate(zip(saved["states"], saved["opens"], strict=True)):
             self.stamp(at, at + 1, state, opens=opens)
+
+
+def _digest(acting: Collection[str]) -> str:
+    return hashlib.sha256("\n".join(acting).encode()).hexdigest() if acting else ""
+
+
+def _written(state: State, wanted: Wanted) -> bool:
+    """Whether a token in a prompt may bear `state`: one of the prompt, or of an answer that was written earlier."""
+    return state.always == wanted.prompt.always and state.gated <= wanted.gated

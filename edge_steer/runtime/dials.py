@@ -6,8 +6,10 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edge_steer.errors import SteerError
+from edge_steer.gate import Gate, split_gate
 from edge_steer.rotation import Action
 from edge_steer.sharing.find import find_steerings
 from edge_steer.steering import Steering
@@ -32,6 +34,7 @@ class Dials(MutableMapping[str, "float | None"]):
         self._steerings = {steering.name: steering for steering in steerings}
         self._values: dict[str, float | None] = dict.fromkeys(self._steerings)
         self._actions: tuple[Action | None, ...] = (None,) * len(self._steerings)
+        self._scaled: tuple[Any, tuple[float, ...], tuple[Action | None, ...]] = (None, (), ())
 
     def __getitem__(self, name: str) -> float | None:
         self._demand(name)
@@ -58,6 +61,17 @@ class Dials(MutableMapping[str, "float | None"]):
     def actions(self) -> tuple[Action | None, ...]:
         """What each steering does now, in order; the same tuple until a dial is set."""
         return self._actions
+
+    def scaled(self, factors: tuple[float, ...]) -> tuple[Action | None, ...]:
+        """What each does with its dial multiplied by a factor from 0, which is off, to 1; the same tuple for the same
+        dials and factors, asked for again."""
+        if self._scaled[0] is not self._actions or self._scaled[1] != factors:
+            found = tuple(
+                action if factor == 1 else each.action((self._values[each.name] or 0.0) * factor) if factor else None
+                for each, action, factor in zip(self._steerings.values(), self._actions, factors, strict=True)
+            )
+            self._scaled = (self._actions, factors, found)
+        return self._scaled[2]
 
     def _demand(self, name: str) -> None:
         if name not in self._steerings:
@@ -130,6 +144,31 @@ def split_dial(argument: str) -> tuple[str, float | None]:
     return argument, None
 
 
+def split_argument(argument: str) -> tuple[str, float | None, str | None]:
+    """`FILE:ANGLE@GATE` as its three parts, of which the last two may be absent.
+
+    Not where there is a file of the whole name. A gate begins behind the first name of a file, else where a condition
+    is known.
+    """
+    if not Path(argument).is_file():
+        for at in (place for place, sign in enumerate(argument) if sign == "@"):
+            path, dial = split_dial(argument[:at])
+            if Path(path).is_file():
+                return path, dial, argument[at:]
+        argument, gate = split_gate(argument)
+        return *split_dial(argument), gate
+    return *split_dial(argument), None
+
+
+def load_argument(argument: str, model: str | Path | None = None) -> tuple[list[Steering], float | None]:
+    """The steerings of a `FILE:ANGLE@GATE` argument, with its gate in place of their own, and its dial. FILE may be
+    anything that `find_steerings` finds for `model`."""
+    path, dial, text = split_argument(argument)
+    gate = None if text is None else str(Gate.parse(text) or "")
+    found = list(find_steerings(path, model))
+    return found if gate is None else [each.with_(gate=gate) for each in found], dial
+
+
 def named_steerings(
     arguments: Sequence[str],
     *,
@@ -138,7 +177,7 @@ def named_steerings(
     may_be_off: bool = False,
     model: str | Path | None = None,
 ) -> tuple[tuple[Steering, ...], dict[str, float | None]]:
-    """Steerings of `FILE` or `FILE:ANGLE` arguments and their dials: option before FILE:ANGLE before file default.
+    """Steerings of `FILE:ANGLE@GATE` arguments and their dials: option before FILE:ANGLE before file default.
 
     may_be_off: a steering without any of them is off; else SteerError is raised.
     model: whose measured steerings are meant by a name that is no file, see `find_steerings`.
@@ -148,8 +187,8 @@ def named_steerings(
     steerings: list[Steering] = []
     dials: dict[str, float | None] = {}
     for argument in arguments:
-        path, dial = split_dial(argument)
-        for each in find_steerings(path, model):
+        found, dial = load_argument(argument, model)
+        for each in found:
             steerings.append(each)
             if strength is not None:
                 dials[each.name] = each.at_strength(strength)

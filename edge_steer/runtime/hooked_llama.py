@@ -1,10 +1,9 @@
 """HookedLlama: a llama_cpp.Llama whose graph the native hook sees, and whose texts are tokenized as transformers does.
 
-This file and llama.py are the one seam into llama-cpp-python. They rely on: `Llama.__init__` making the model from
-`self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`, `load_state` as the
-only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is cached;
-`_init_sampler` making what chooses a token. compatibility.py checks that
-this still holds.
+This file, cached_llama.py and answering_llama.py are the one seam into llama-cpp-python. They rely on: `Llama.__init__`
+making the model from `self.model_params` and the context from `self.context_params`; `eval`, `generate`, `save_state`,
+`load_state` as the only ways tokens enter the cache; `input_ids`, `n_tokens` and `_requires_eval` describing what is
+cached; `_init_sampler` making what chooses a token. compatibility.py checks that this still holds.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def read_tokens(llm: SteeredLlama, tokens: Sequence[int], names: Sequence[str]) 
 
 def cut_unread(llm: SteeredLlama, tokens: Sequence[int], names: Iterable[str]) -> None:
     """Forget the cached tokens from the first on that an answer to `tokens` must not use, or that was not read."""
-    llm.cut_cache(tokens)
+    llm.cut_cache(tokens, llm.usable_in(tokens, llm.open_gates(tokens)))
     shared = llm.shared(tokens)
     known = llm.token_readings.known(names, shared)
     if known < len(tokens) or llm.n_tokens > len(tokens):

@@ -17,6 +17,7 @@ HELP = """\
 /angle 8         turn the dial (the coefficient for addition); acts from the next token on
 /angle NAME -5   turn one of several dials
 /strength 0.5    turn the dial to a share of the stored range, from -1 to 1
+/gate @first:20  when it acts in an answer, from the next on; @all is always; /gate NAME @response for one of several
 /off             all dials off
 /compare TEXT    answer TEXT at −, off and +, same seed; not remembered
                  (at the ends of the safe range where one was measured, else at the last angle and its opposite)
@@ -48,8 +49,9 @@ class Repl:
         self.dials = chat.llm.angles
         self._seen = {name: abs(dial) for name, dial in self.dials.items() if dial}  # what /compare goes to
         self._commands: dict[str, Callable[[str], object]] = {
-            "/angle": self._angle, "/strength": self._strength, "/off": self._off, "/compare": self._compare,
-            "/read": self._read, "/reset": self._reset, "/save": self._save, "/help": lambda _: self.note(HELP),
+            "/angle": self._angle, "/strength": self._strength, "/gate": self._gate, "/off": self._off,
+            "/compare": self._compare, "/read": self._read, "/reset": self._reset, "/save": self._save,
+            "/help": lambda _: self.note(HELP),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -89,7 +91,9 @@ class Repl:
             if dial is None or steering.action(dial) is None:
                 shown.append(f"{steering.name} off")
             else:
-                shown.append(f"{steering.name} {'on' if steering.operator == 'ablation' else f'{dial:+g}'}")
+                gate = self.chat.llm.gates[steering.name]
+                turned = "on" if steering.operator == "ablation" else f"{dial:+g}"
+                shown.append(f"{steering.name} {turned}{'' if gate is None else gate}")
         return ", ".join(shown)
 
     def _answer(self, pieces: Generator[Piece, None, Answer]) -> None:
@@ -146,6 +150,15 @@ class Repl:
         except ValueError:
             raise SteerError(f"expected a number from -1 to 1, got /strength {rest}") from None
         self._angle(f"{steering.name} {steering.at_strength(strength)}")
+
+    def _gate(self, rest: str) -> None:
+        name, sign, conditions = rest.partition("@")
+        if rest and (not sign or (not name.strip() and len(self.dials) != 1)):
+            known = ", ".join(self.dials) or "(none)"
+            raise SteerError(f"expected /gate @response or /gate NAME @response, of {known}; got /gate {rest}")
+        if rest:
+            self.chat.llm.gates.set({name.strip() or next(iter(self.dials)): f"@{conditions}"})
+        self.note(self.shown_dials() or "no steering")
 
     def _off(self, _: str) -> None:
         self.dials.update(dict.fromkeys(self.dials))

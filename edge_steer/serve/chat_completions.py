@@ -27,7 +27,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/chat/completions", response_model=None, include_in_schema=False)
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         """An answer to a chat, in OpenAI's form; `steering` sets the dials of this answer alone."""
-        dials = service.dials_of(asked)
+        dials, gates = service.dials_of(asked), service.gates_of(asked)
         form = tool_form(asked, service.llm.chat_template.source)
         tools = {"tools": [tool.model_dump(exclude_none=True) for tool in asked.tools]} if form and asked.tools else {}
         prompt = await service.chat_prompt(asked.messages, **tools)
@@ -37,7 +37,7 @@ def routes(service: Service) -> APIRouter:
         sampling = service.sampling_of(asked, **more)
         prompts = [prompt] * (asked.n or 1)
         fresh = asked.cache_prompt is False
-        ticket = service.submit("chatcmpl", prompts, sampling, dials, chat=True, fresh=fresh)
+        ticket = service.submit("chatcmpl", prompts, sampling, dials, gates, chat=True, fresh=fresh)
         top = head(ticket, service, asked, "chat.completion.chunk" if asked.stream else "chat.completion")
         if asked.stream:
             return event_stream(_chunks(service, ticket, asked, form, top), ticket)
@@ -117,7 +117,7 @@ async def _chunks(
                 yield PING
             elif isinstance(event, Said):
                 shown = answers[event.index].add(event)
-                top = {**top, "steering": applied(event.dials)}
+                top = {**top, "steering": applied(event.dials, ticket.gates)}
                 told = _log_probabilities(service, [event.piece.choice]) if event.piece.choice else None
                 read = token_readings(event.piece)
                 if shown or told or read:

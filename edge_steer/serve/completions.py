@@ -26,7 +26,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=None)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Text that goes on from a text, in OpenAI's form; `steering` sets the dials of this answer alone."""
-        dials = service.dials_of(asked)
+        dials, gates = service.dials_of(asked), service.gates_of(asked)
         prompts = await text_prompts(service, asked)
         echoes = (
             [bytes(service.llm.detokenize(each)).decode(errors="replace") for each in prompts] if asked.echo else []
@@ -34,7 +34,7 @@ def routes(service: Service) -> APIRouter:
         prompts = [prompt for prompt in prompts for _ in range(asked.n or 1)]
         echoes = [echo for echo in echoes for _ in range(asked.n or 1)] or [""] * len(prompts)
         sampling = service.sampling_of(asked, log_probabilities=asked.logprobs)
-        ticket = service.submit("cmpl", prompts, sampling, dials, fresh=asked.cache_prompt is False)
+        ticket = service.submit("cmpl", prompts, sampling, dials, gates, fresh=asked.cache_prompt is False)
         top = head(ticket, service, asked, "text_completion")
         if asked.stream:
             return event_stream(_chunks(service, ticket, asked, echoes, top), ticket)

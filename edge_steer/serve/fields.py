@@ -88,6 +88,7 @@ class Common(Strict):
     steering: Any = Field(
         default=None,
         description='Dials: {"happy": 8}, {"happy": {"strength": 0.5}}, "happy:8,formal:-4"; "" or null is off; '
+        'when it acts: {"happy": {"angle": 8, "when": "@response"}}, "happy:8@response"; '
         "absent is the server's default.",
     )
     stream: bool | None = None

@@ -66,7 +66,9 @@ def routes(service: Service) -> APIRouter:
         if asked.json_schema is not None:
             more["grammar"] = schema_grammar(asked.json_schema, "json_schema")
         sampling = service.sampling_of(asked, **more)
-        ticket = service.submit("cmpl", [prompt], sampling, dials, fresh=asked.cache_prompt is False)
+        ticket = service.submit(
+            "cmpl", [prompt], sampling, dials, service.gates_of(asked), fresh=asked.cache_prompt is False
+        )
         telling = _Telling(service, ticket, asked)
         if asked.stream:
             return event_stream(_chunks(service, telling), ticket, last=b"")
@@ -155,7 +157,13 @@ class _Telling:
         told = [{"id": each.token, **self._detail(each.token, each.log_probability),
                  "top_logprobs": [{"id": id, **self._detail(id, value)} for id, value in each.likeliest]}
                 for each in choices]  # fmt: skip
-        found = {"index": 0, "content": text, "tokens": [], "id_slot": 0, "steering": applied(self.dials)}
+        found = {
+            "index": 0,
+            "content": text,
+            "tokens": [],
+            "id_slot": 0,
+            "steering": applied(self.dials, self.ticket.gates),
+        }
         return {**found, "completion_probabilities": told} if told else found
 
     def _detail(self, token: int, log_probability: float) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def routes(service: Service) -> APIRouter:
             return await _chat(service, request, asked.as_chat(), _response)
         text = asked.as_text()
         prompts = await text_prompts(service, text)
-        ticket = service.submit("gen", prompts, service.sampling_of(text), service.dials_of(text))
+        ticket = service.submit(
+            "gen", prompts, service.sampling_of(text), service.dials_of(text), service.gates_of(text)
+        )
         return await _answer(service, request, text, _Lines(service, ticket, text, None, _response))
 
     @router.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
@@ -175,7 +177,7 @@ class _Lines:
         return self.last()
 
     def _line(self, text: str, calls: list[dict[str, Any]], *, done: bool) -> dict[str, Any]:
-        head = {"model": self.asked.model, "created_at": now(), "steering": applied(self.dials)}
+        head = {"model": self.asked.model, "created_at": now(), "steering": applied(self.dials, self.ticket.gates)}
         return {**head, **self.content(text, calls), "done": done}
 
 
@@ -187,7 +189,7 @@ async def _chat(service: Service, request: Request, asked: ChatRequest, content:
     prompt = await service.chat_prompt(asked.messages, **tools)
     grammar = (form.grammar() if form else None) or format_grammar(asked.response_format)
     sampling = service.sampling_of(asked, **({"grammar": grammar} if grammar else {}))
-    ticket = service.submit("chat", [prompt], sampling, dials, chat=True)
+    ticket = service.submit("chat", [prompt], sampling, dials, service.gates_of(asked), chat=True)
     return await _answer(service, request, asked, _Lines(service, ticket, asked, form, content))
 
 

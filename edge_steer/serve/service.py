@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import anyio
 
 from edge_steer.errors import SteerError
+from edge_steer.gate import Gate
 from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, stream_pieces
 from edge_steer.runtime.chat import chat_sampling
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import Common, Message
-from edge_steer.serve.steering_field import BadRequest, Dial, parse_alias, parse_steering
+from edge_steer.serve.gate_field import read_gates, split_alias, split_gates
+from edge_steer.serve.steering_field import FIELD, BadRequest, Dial, parse_alias, parse_steering
 from edge_steer.serve.worker import Ping, Ticket, Worker
 
 
@@ -62,12 +64,14 @@ class Service:
     metrics: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     dials: dict[str, Dial] = field(init=False)  # of a request that names none
+    gates: dict[str, Gate | None] = field(init=False)  # of steerings for which a request names none
     prompt_tokens: int = 0
     generated_tokens: int = 0
     _preparing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.dials = dict(self.llm.angles)
+        self.gates = dict(self.llm.gates)
 
     # --- what a request asks for ------------------------------------------------------------------------------
 
@@ -80,6 +84,21 @@ class Service:
         except BadRequest as error:
             raise ApiError(400, error.message, param=error.param) from None
         return dict(self.dials) if named is None else named
+
+    def gates_of(self, request: Common) -> dict[str, Gate | None]:
+        """The gates of a request: those where it names its dials, else the server's."""
+        given = request.steering
+        if "steering" not in request.model_fields_set:
+            given = (request.model or "").removeprefix(f"{self.name}@")
+            given = given if given != request.model else split_alias(given)[1]
+        return {**self.gates, **self.named_gates(given)}
+
+    def named_gates(self, given: Any) -> dict[str, Gate | None]:
+        """The gates in the value of a field `steering`. Raises ApiError."""
+        try:
+            return read_gates(split_gates(given)[1], self.llm.gates)
+        except SteerError as error:
+            raise ApiError(400, str(error), param=FIELD) from None
 
     def sampling_of(self, request: Common, **more: Any) -> Sampling:
         """How a request wants its tokens chosen."""
@@ -173,6 +192,7 @@ class Service:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         dials: dict[str, Dial],
+        gates: dict[str, Gate | None],
         *,
         chat: bool = False,
         fresh: bool = False,
@@ -195,7 +215,7 @@ class Service:
                 self.generated_tokens += answer.generated_tokens
                 ticket.tell(Ended(index, answer))
 
-        return self.worker.submit(kind, dials, work)
+        return self.worker.submit(kind, dials, gates, work)
 
     async def events(self, ticket: Ticket) -> AsyncIterator[Event]:
         """What becomes of a ticket. Raises ApiError if it fails or waits too long."""

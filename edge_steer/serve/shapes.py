@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_steer.gate import Gate
 from edge_steer.runtime.answer import Answer, Piece
 from edge_steer.serve.fields import Common
+from edge_steer.serve.gate_field import shown_gates
 from edge_steer.serve.service import Ended, Service
 from edge_steer.serve.steering_field import Dial, rounded
 from edge_steer.serve.worker import Ticket
@@ -21,12 +23,13 @@ def head(ticket: Ticket, service: Service, asked: Common, kind: str) -> dict[str
         "created": int(time.time()),
         "model": asked.model or service.name,
         "system_fingerprint": "edge-steer",
-        "steering": applied(ticket.dials),
+        "steering": applied(ticket.dials, ticket.gates),
     }
 
 
-def applied(dials: dict[str, Dial]) -> dict[str, Dial]:
-    return {name: rounded(dial) for name, dial in dials.items()}
+def applied(dials: Mapping[str, Dial], gates: Mapping[str, Gate | None] | None = None) -> dict[str, Any]:
+    """Dials as an answer says that they were applied, with the gates of those that have one."""
+    return shown_gates({name: rounded(dial) for name, dial in dials.items()}, gates or {})
 
 
 def usage(ended: Sequence[Ended | None]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_steer.errors import SteerError, shown
+from edge_steer.serve.gate_field import split_alias, split_gates
 from edge_steer.steering import Steering
 
 Dial = float | None
@@ -18,7 +19,7 @@ OFF = "off"
 _LONGEST = 2000  # characters of a text of dials
 # No dial means more than these, and what float32 makes infinite is far beyond.
 _LARGEST = {"degrees": 360.0, "coefficient": 1000.0}
-_FORMS = 'expected dials such as {"happy": 8}, {"happy": {"strength": 0.5}} or "happy:8,formal:-4"'
+_FORMS = 'expected dials such as {"happy": 8}, {"happy": {"strength": 0.5}} or "happy:8,formal:-4@response"'
 
 
 class BadRequest(ValueError):
@@ -42,6 +43,7 @@ def parse_steering(value: Any, steerings: Sequence[Steering], param: str = FIELD
 def parse_named(value: Any, steerings: Sequence[Steering], param: str = FIELD) -> dict[str, Dial]:
     """As parse_steering, of the steerings that `value` names alone; "off" and None name all."""
     by_name = {each.name: each for each in steerings}
+    value, _ = split_gates(value)
     match value:
         case None:
             return dict.fromkeys(by_name)
@@ -64,7 +66,7 @@ def parse_alias(
     if served is not None and model.startswith(f"{served}@"):
         base, dials = served, model.removeprefix(f"{served}@")
     else:
-        base, _, dials = model.rpartition("@")
+        base, dials = split_alias(model)
     return base, parse_steering(dials, steerings, "model")
 
 
@@ -84,9 +86,12 @@ def aliases(model: str, steerings: Sequence[Steering]) -> list[str]:
     return found
 
 
-def describe(steerings: Sequence[Steering], dials: Mapping[str, Dial], model: str = "") -> dict[str, Any]:
-    """The body of GET /v1/steering. dials: where the steerings stand for a request that names none."""
-    return {"model": model, "unit": None, "steerings": [_described(each, dials.get(each.name)) for each in steerings]}
+def describe(
+    steerings: Sequence[Steering], dials: Mapping[str, Dial], model: str = "", gates: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The body of GET /v1/steering. dials, gates: where the steerings stand for a request that names none."""
+    described = [_described(each, dials.get(each.name), (gates or {}).get(each.name)) for each in steerings]
+    return {"model": model, "unit": None, "steerings": described}
 
 
 def rounded(dial: Dial) -> Dial:
@@ -94,7 +99,7 @@ def rounded(dial: Dial) -> Dial:
     return None if dial is None or math.isnan(dial) else float(f"{dial:.6g}")
 
 
-def _described(steering: Steering, dial: Dial) -> dict[str, Any]:
+def _described(steering: Steering, dial: Dial, gate: Any) -> dict[str, Any]:
     return {
         "name": steering.name,
         "description": steering.description,
@@ -103,6 +108,7 @@ def _described(steering: Steering, dial: Dial) -> dict[str, Any]:
         "unit": _unit(steering),
         "operator": steering.operator,
         "default": rounded(dial),
+        "when": None if gate is None else str(gate),
         "file_default": rounded(steering.default_dial()) if steering.has_default else None,
         "min": rounded(steering.angle_min),
         "max": rounded(steering.angle_max),
@@ -144,6 +150,10 @@ def _dial(given: Any, steering: Steering, param: str) -> Dial:
             return None
         case {"strength": strength} if len(given) == 1:
             return _at_strength(strength, steering, param)
+        case {"angle": None | int() | float()} if len(given) == 1:
+            return _dial(given["angle"], steering, param)
+        case {} if not given:
+            return _default(steering, param)
         case bool() | dict() | list() | str():
             raise BadRequest(param, f"{_FORMS}, got {shown(given)} for {shown(steering.name)}")
     return _number(given, steering, param)

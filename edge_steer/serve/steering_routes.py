@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import Strict
+from edge_steer.serve.gate_field import split_gates
 from edge_steer.serve.service import Service
 from edge_steer.serve.shapes import applied
 from edge_steer.serve.steering_field import BadRequest, Dial, describe, parse_named
@@ -27,7 +28,7 @@ def routes(service: Service) -> APIRouter:
             raise ApiError(400, error.message, param=error.param) from None
 
     def described() -> dict[str, Any]:
-        return describe(service.llm.steerings, service.dials, service.name)
+        return describe(service.llm.steerings, service.dials, service.name, service.gates)
 
     @router.get("/v1/steering", response_model=None)
     async def get_steering() -> dict[str, Any]:
@@ -36,8 +37,11 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/steering", response_model=None)
     async def set_default(asked: Dials) -> dict[str, Any]:
-        """Set the dials of requests that name none. Those that are not named stay."""
-        service.dials = {**service.dials, **named(asked)}
+        """Set the dials and gates of requests that name none. Those that are not named stay."""
+        service.dials, service.gates = (
+            {**service.dials, **named(asked)},
+            {**service.gates, **service.named_gates(asked.steering)},
+        )
         return described()
 
     @router.post("/v1/steering/{id}", response_model=None)
@@ -46,7 +50,9 @@ def routes(service: Service) -> APIRouter:
         ticket = service.worker.find(id)
         if ticket is None:
             raise ApiError(404, f"expected a running answer, got {id[:80]!r}, which is over or never was", param="id")
+        if split_gates(asked.steering)[1]:
+            raise ApiError(400, "expected a dial to move, got a gate, which holds for a whole answer", param="steering")
         ticket.move(named(asked))
-        return {"id": ticket.id, "steering": applied(ticket.dials)}
+        return {"id": ticket.id, "steering": applied(ticket.dials, ticket.gates)}
 
     return router

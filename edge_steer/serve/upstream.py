@@ -22,6 +22,7 @@ from edge_steer.errors import SteerError
 from edge_steer.serve.adapters import Listed, Served, all_scales, listed, match
 from edge_steer.serve.app import guarded
 from edge_steer.serve.errors import UPSTREAM, ApiError
+from edge_steer.serve.gate_field import split_alias, split_gates
 from edge_steer.serve.guard import Rules
 from edge_steer.serve.relay import Relayed, Upstream, beginning_with
 from edge_steer.serve.shapes import applied
@@ -90,6 +91,8 @@ class Front:
             named = None
             if isinstance(model := body.get("model"), str):
                 body["model"], named = parse_alias(model, self.steerings, self.name)
+            if split_gates(body.get("steering") or split_alias(str(model))[1])[1]:
+                raise BadRequest("steering", "expected dials, got a gate; llama-server has none: adapters act always")
             if "steering" in body:
                 return parse_steering(body.pop("steering"), self.steerings)
         except BadRequest as error:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from edge_steer.errors import SteerError
+from edge_steer.gate import Gate
 from edge_steer.runtime.llama import Cancelled, SteeredLlama
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.steering_field import Dial
@@ -31,11 +32,13 @@ class Done:
 
 
 class Ticket:
-    """A place in the queue, and then the work itself. `dials` stand when it begins; `move` turns them at any time."""
+    """A place in the queue, and then the work itself. Dials and gates stand when it begins; `move` turns dials at any
+    time."""
 
-    def __init__(self, id: str, dials: dict[str, Dial], work: Work) -> None:
+    def __init__(self, id: str, dials: dict[str, Dial], gates: dict[str, Gate | None], work: Work) -> None:
         self.id = id
         self.dials = dials
+        self.gates = gates
         self.over = False
         self.cancelled = False
         self._work = work
@@ -96,6 +99,7 @@ class Ticket:
                 raise Cancelled
             self._moved = False
             llm.angles.update(self.dials)
+            llm.gates.set(self.gates)
             llm.cancelled = lambda: self.cancelled
             self._work(llm, self)
             self.tell(Done())
@@ -133,9 +137,9 @@ class Worker:
         """The ticket `id`, while it is not over."""
         return self._tickets.get(id)
 
-    def submit(self, kind: str, dials: dict[str, Dial], work: Work) -> Ticket:
+    def submit(self, kind: str, dials: dict[str, Dial], gates: dict[str, Gate | None], work: Work) -> Ticket:
         """Queue work. Raises ApiError 503 if the queue is full."""
-        ticket = Ticket(f"{kind}-{secrets.token_hex(12)}", dials, work)
+        ticket = Ticket(f"{kind}-{secrets.token_hex(12)}", dials, gates, work)
         with self._changed:
             self._waiting = deque(each for each in self._waiting if not each.cancelled)
             if self._closing or len(self._waiting) > self._most_waiting:
