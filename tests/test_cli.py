@@ -238,12 +238,12 @@ def test_read_tells_texts_apart_line_by_line(place: Path, tmp_path: Path) -> Non
     assert lines == [
         f"{each[1:].mean():+.2f}\tI {w} the sea" for each, w in zip(expected, ("love", "hate"), strict=True)
     ]
-    lines = ran(*common, "--last", "--json", "--tokens", "-", input="I love the sea\n").stdout.splitlines()
+    lines = ran(*common, "--score", "last", "--json", "--tokens", "-", input="I love the sea\n").stdout.splitlines()
     record = json.loads(lines[0])
     assert record["text"] == "I love the sea"
     assert record["readings"]["mood"] == pytest.approx(float(expected[0][-1]), abs=1e-4)
     np.testing.assert_allclose(record["tokens"]["mood"], expected[0], atol=1e-4)
-    chat = json.loads(ran(*common, "--chat", "--last", "--json", "-", input="I love tea\n").stdout)
+    chat = json.loads(ran(*common, "--chat", "--json", "-", input="I love tea\n").stdout)
     assert chat["readings"]["mood"] == pytest.approx(
         float(llm.read([{"role": "user", "content": "I love tea"}])["mood"][-1]), abs=1e-4
     )

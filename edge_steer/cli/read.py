@@ -17,7 +17,11 @@ from edge_steer.cli import options
 )
 @click.argument("file", metavar="FILE|-")
 @click.option("--site", metavar="SITE", help="Read at this site, such as blk.12.attn_norm.  [default: the clearest]")
-@click.option("--last", is_flag=True, help="The last token's reading in place of the mean over all but the first.")
+@click.option(
+    "--score",
+    type=click.Choice(["mean", "last"]),
+    help="The mean over all tokens but the first, or the last token's reading.  [default: mean; with --chat last]",
+)
 @click.option("--chat", "as_chat", is_flag=True, help="Read each text as a user's question, as calibration does.")
 @click.option("--tokens", "each_token", is_flag=True, help="With --json, also the reading of every token.")
 @options.run_options
@@ -28,7 +32,7 @@ def read(
     steering: tuple[str, ...],
     file: str,
     site: str | None,
-    last: bool,
+    score: str | None,
     as_chat: bool,
     each_token: bool,
     as_json: bool,
@@ -59,16 +63,17 @@ def read(
     if not options.names_angles(steering, None, None):
         llm.angles.update(dict.fromkeys(llm.angles))
     names = choose_sites(llm, site)
+    last = (score or ("last" if as_chat else "mean")) == "last"
     for text in texts:
         asked: Any = [{"role": "user", "content": text}] if as_chat else text
         found = llm.read(asked, names)
         # The first token is what all others lean on, whatever it is.
         scores = {name: float(each[-1] if last or len(each) == 1 else each[1:].mean()) for name, each in found.items()}
         if not as_json:
-            shown = [f"{score:+.2f}" if len(scores) == 1 else f"{name} {score:+.2f}" for name, score in scores.items()]
+            shown = [f"{each:+.2f}" if len(scores) == 1 else f"{name} {each:+.2f}" for name, each in scores.items()]
             click.echo("\t".join([*shown, text]))
             continue
-        record: dict[str, Any] = {"text": text, "readings": {name: round(score, 4) for name, score in scores.items()}}
+        record: dict[str, Any] = {"text": text, "readings": {name: round(each, 4) for name, each in scores.items()}}
         if each_token:
             record["tokens"] = {name: [round(float(value), 4) for value in each] for name, each in found.items()}
         click.echo(json.dumps(record, ensure_ascii=False))
