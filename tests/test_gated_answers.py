@@ -211,7 +211,12 @@ def check_answer(watched: Watched, prompt: list[int], text: list[int], before: l
         for number, steering in enumerate(llm.steerings):
             acted = watched.actions[at][number]
             plain = None if gates[number] else steering.action(llm.angles[steering.name])
+            # The prompt token that opened an answer is one of the answer's only where that follows.
+            opening = (
+                at < shared and not before[at - 1][2] and (at + 1 == len(before) or before[at + 1][0] != prompt[at + 1])
+            )
             kept = bool(gates[number]) and at < shared and before[at][2] and acted == before[at][1][number]
+            kept = kept and not opening
             assert acted == plain or kept, (at, steering.name)
     for step in range(len(text)):
         for number, steering in enumerate(llm.steerings):
