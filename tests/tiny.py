@@ -110,6 +110,29 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+# Those that no converter reads: for the hook alone.
+STEERED_ONLY: dict[str, Family] = {
+    "smollm3": Family("smollm3", "smollm3", {"rope_parameters": _rope(2e6)}, permuted=True),
+    "qwen3_moe": Family(
+        "qwen3moe", "qwen3_moe",
+        {**_MOE, "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 32, "rope_parameters": _rope(1e6)},
+        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}, head_width=32,
+    ),
+    "gemma": Family(
+        "gemma", "gemma",
+        {"head_dim": 32, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+        head_width=32, norm_plus_one=True,
+    ),
+    "phi": Family(
+        "phi2", "phi", {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
+        {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8},
+    ),
+    "cohere": Family(
+        "command-r", "cohere", {"tie_word_embeddings": True, "logit_scale": 0.25, "layer_norm_eps": 1e-5},
+        {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.25},
+    ),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -122,7 +145,7 @@ class TinyModel:
 
 def build(family: str, directory: str | Path, seed: int = 0) -> TinyModel:
     """The tiny model of `family` as `directory`/`family`/ and `directory`/`family`.gguf. Same seed, same bytes."""
-    made = FAMILIES[family]
+    made = FAMILIES.get(family) or STEERED_ONLY[family]
     hf_dir, gguf_path = Path(directory) / family, Path(directory) / f"{family}.gguf"
     config = transformers.AutoConfig.for_model(
         made.model_type,
