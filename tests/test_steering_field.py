@@ -73,7 +73,6 @@ def test_every_form_gives_the_dial_of_every_steering_in_order(
         ({"happy": {"strength": 1.5}}, "1.5"),
         ({"happy": {"strength": float("nan")}}, "nan"),
         ({"happy": {"strength": 1, "angle": 2}}, "angle"),
-        ({"happy": {}}, "{}"),
         ({"formal": {"strength": 0.5}}, "safe range"),
         ({"happy": float("nan")}, "nan"),
         ({"happy": float("inf")}, "inf"),
