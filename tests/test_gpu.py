@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -24,8 +25,10 @@ from edge_steer import SteerError
 from edge_steer.choices import OPERATORS, Operator
 from edge_steer.cli.main import main
 from edge_steer.model_file import read_model
+from edge_steer.preset import neutral_passages
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.sharing.shipped import shipped_file
 from edge_steer.sites import Site
 from edge_steer.steering import Steering
 
@@ -177,3 +180,39 @@ def test_generate_answers_the_same_on_the_gpu(model: Path, tmp_path: Path) -> No
     assert [each.exit_code for each in answers] == [0, 0]
     assert answers[0].stdout == answers[1].stdout
     assert answers[0].stdout.strip()
+
+
+@pytest.mark.slow
+def test_a_real_model_is_steered_on_the_gpu_as_on_the_cpu(smollm2: Path) -> None:
+    """A dial changes the GPU's logits as it changes the CPU's, but for what the GPU changes without steering."""
+    steering = Steering.load(shipped_file("sentiment", smollm2))
+    cpu, device, copied = (
+        open_forced(smollm2, way, [steering], **where)
+        for way, where in (("host", CPU_ONLY), ("device", ON_GPU), ("copy", ON_GPU))
+    )
+    tokens = cpu.tokenize("\n".join(neutral_passages()).encode(), add_bos=True, special=False)[:48]
+    plain: list[NDArray[np.float32]] = []
+    for angle in (None, -12.0, 12.0):
+        found = []
+        for llm in (cpu, device, copied):
+            llm.angle = angle
+            found.append(llm.logits([*tokens, 0], 1))
+        plain = plain or found
+        own, now = (np.abs(each[1] - each[0]).mean() for each in (plain, found))
+        effect = np.abs(found[0] - plain[0]).mean()
+        print(f"{angle}: the GPU's logits differ from the CPU's by {now:.4f} of {effect:.4f}, unsteered by {own:.4f}")
+        assert now <= 2 * own
+        assert np.abs(found[2] - found[1]).max() <= 1e-2 * np.ptp(found[2])
+        assert angle is None or effect > 4 * now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("angle", ["-12", "12"])
+def test_generate_on_a_real_model_begins_the_same_on_the_gpu(smollm2: Path, angle: str) -> None:
+    """Quantized products differ, so that greedy texts may part; the first words do not."""
+    arguments = ["generate", "-m", str(smollm2), "-s", "sentiment", "--angle", angle, "--engine", "hook"]
+    arguments += ["-p", "How was your day?", "--max-tokens", "24", "--temperature", "0", "--threads", "1"]
+    answers = [CliRunner().invoke(main, [*arguments, "--gpu-layers", layers]) for layers in ("0", "-1")]
+    print(*(each.output for each in answers), sep="\n")
+    assert [each.exit_code for each in answers] == [0, 0]
+    assert answers[0].stdout[:24] == answers[1].stdout[:24]
