@@ -23,8 +23,8 @@ struct upload {
     struct ggml_context *tensors;
     void *buffer;
     struct ggml_tensor *basis;      /* planes of rank rows, d wide */
-    struct ggml_tensor *transposed; /* planes of d rows, rank wide */
-    struct ggml_tensor *dial;       /* by columns K with q = K p for linear operators; x, y for STEER_TURN_TO */
+    struct ggml_tensor *transposed; /* for STEER_TURN_BY: planes of d rows, 2 wide */
+    struct ggml_tensor *dial;       /* by columns K with q = K p for STEER_TURN_BY; x, y for STEER_TURN_TO */
     struct ggml_tensor *threshold;  /* z, for STEER_TURN_TO */
     uint32_t turned_at;             /* of the dial that is there; 0 is none */
 };
@@ -62,34 +62,40 @@ static void free_upload(struct upload *u, const struct steer_device_ggml *g) {
     *u = (struct upload){0};
 }
 
+/* STEER_TURN_BY's planes with their rows as columns; false where memory lacks. */
+static bool set_transposed(const struct steer_device_ggml *g, const struct steering *s, int64_t d, struct upload *u) {
+    const size_t size = (size_t)(s->n_planes * 2 * d) * sizeof(float);
+    float *transposed = malloc(size);
+    if (transposed == NULL) return false;
+    for (int64_t plane = 0; plane < s->n_planes; plane++) {
+        const float *from = s->basis + plane * 2 * d;
+        float *at = transposed + plane * 2 * d;
+        for (int64_t i = 0; i < d; i++) {
+            for (int64_t k = 0; k < 2; k++) at[i * 2 + k] = from[k * d + i];
+        }
+    }
+    g->tensor_set(u->transposed, transposed, 0, size);
+    free(transposed);
+    return true;
+}
+
 /* Lays steering s on the device, but for its dial. */
 static bool upload(const struct steer_device *to, const struct steer_device_ggml *g, const struct steering *s, int64_t d,
                    struct upload *u) {
     const int64_t rows = (int64_t)s->n_planes * s->rank;
-    const int64_t dial_width = s->op == STEER_TURN_TO ? 1 : s->rank;
+    const bool turn_by = s->op == STEER_TURN_BY;
     u->tensors = g->init((struct steer_ggml_init){4 * g->tensor_overhead(), NULL, true});
     if (u->tensors == NULL) return false;
     u->basis = g->new_tensor_2d(u->tensors, g->type_f32, d, rows);
-    u->transposed = g->new_tensor_2d(u->tensors, g->type_f32, s->rank, s->n_planes * d);
-    u->dial = g->new_tensor_2d(u->tensors, g->type_f32, dial_width, s->rank);
+    u->dial = g->new_tensor_2d(u->tensors, g->type_f32, turn_by ? 2 : 1, 2);
     u->threshold = g->new_tensor_2d(u->tensors, g->type_f32, 1, 1);
+    if (turn_by) u->transposed = g->new_tensor_2d(u->tensors, g->type_f32, 2, s->n_planes * d);
     u->buffer = g->alloc_ctx_tensors(u->tensors, to->backend);
-    const size_t size = (size_t)(rows * d) * sizeof(float);
-    float *transposed = u->buffer ? malloc(size) : NULL;
-    if (transposed == NULL) {
+    if (u->buffer == NULL || (turn_by && !set_transposed(g, s, d, u))) {
         free_upload(u, g);
         return false;
     }
-    for (int64_t plane = 0; plane < s->n_planes; plane++) {
-        const float *from = s->basis + plane * s->rank * d;
-        float *at = transposed + plane * s->rank * d;
-        for (int64_t i = 0; i < d; i++) {
-            for (int64_t k = 0; k < s->rank; k++) at[i * s->rank + k] = from[k * d + i];
-        }
-    }
-    g->tensor_set(u->basis, s->basis, 0, size);
-    g->tensor_set(u->transposed, transposed, 0, size);
-    free(transposed);
+    g->tensor_set(u->basis, s->basis, 0, (size_t)(rows * d) * sizeof(float));
     return true;
 }
 
@@ -103,9 +109,6 @@ static void set_dial(const struct steer_device_ggml *g, const struct steering *s
     case STEER_TURN_TO:
         g->tensor_set(u->dial, (const float[]){s->x, s->y}, 0, 2 * sizeof(float));
         g->tensor_set(u->threshold, &s->z, 0, sizeof(float));
-        break;
-    case STEER_ABLATE:
-        g->tensor_set(u->dial, (const float[]){-1}, 0, sizeof(float));
         break;
     }
 }
@@ -157,15 +160,16 @@ static struct ggml_tensor *turned_to(const struct build *at, const struct steeri
 static struct ggml_tensor *turned(const struct build *at, const struct steering *s, const struct act *act,
                                   struct ggml_tensor *h) {
     const struct steer_device_ggml *g = at->g;
-    const size_t plane = (size_t)(act->plane * s->rank * at->d) * sizeof(float), rank_size = (size_t)s->rank * sizeof(float);
+    const size_t plane = (size_t)(act->plane * s->rank * at->d) * sizeof(float);
     struct ggml_tensor *b = g->view_2d(at->ctx, at->u->basis, at->d, s->rank, (size_t)at->d * sizeof(float), plane);
     if (s->op == STEER_ADD) return g->add_inplace(at->ctx, h, g->scale(at->ctx, b, s->x * act->scale));
     struct ggml_tensor *p = g->mul_mat(at->ctx, h, b);
     if (s->op == STEER_TURN_TO) return turned_to(at, s, h, b, p);
-    /* H + sum q_k b_k with q = K p is H + sum p_k c_k, where the c_k are turned planes, however many rows there are. */
-    struct ggml_tensor *bt = g->view_2d(at->ctx, at->u->transposed, s->rank, at->d, rank_size, plane);
+    if (s->op == STEER_ABLATE) return add_along(at, h, column_of(at, p, 0), g->scale(at->ctx, b, -1));
+    /* With q = K p, H + q1 b1 + q2 b2 is H + p1 c1 + p2 c2: the plane is turned, however many rows there are. */
+    struct ggml_tensor *bt = g->view_2d(at->ctx, at->u->transposed, 2, at->d, 2 * sizeof(float), plane);
     struct ggml_tensor *c = g->mul_mat(at->ctx, bt, at->u->dial);
-    for (int64_t k = 0; k < s->rank; k++) h = add_along(at, h, column_of(at, p, k), row_of(at, c, k));
+    for (int64_t k = 0; k < 2; k++) h = add_along(at, h, column_of(at, p, k), row_of(at, c, k));
     return h;
 }
 
