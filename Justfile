@@ -123,6 +123,10 @@ soak *args:
 try-llama-server *args:
     {{python}} tests/external/upstream.py {{args}}
 
+# Turning on a GPU, on a machine without: ggml's Vulkan backend, compiled (many minutes), on Mesa's software device
+try-vulkan *args:
+    {{python}} tests/external/vulkan.py {{args}}
+
 # 2,000 requests from 32 clients at once, held against fresh models
 soak-server *args:
     {{python}} tests/external/serve_soak.py {{args}}

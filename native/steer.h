@@ -105,7 +105,7 @@ struct steer_ggml_init {
     X(struct ggml_tensor *, scale, ggml_scale, (struct ggml_context *, struct ggml_tensor *, float))                   \
     X(struct ggml_tensor *, sqr, ggml_sqr, (struct ggml_context *, struct ggml_tensor *))                              \
     X(struct ggml_tensor *, sqrt, ggml_sqrt, (struct ggml_context *, struct ggml_tensor *))                            \
-    X(struct ggml_tensor *, sum_rows, ggml_sum_rows, (struct ggml_context *, struct ggml_tensor *))                    \
+    X(struct ggml_tensor *, repeat, ggml_repeat, (struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *))  \
     X(struct ggml_tensor *, step, ggml_step, (struct ggml_context *, struct ggml_tensor *))
 
 #define STEER_FUNCTION_FIELD(result, field, name, arguments) result(*field) arguments;

@@ -1,10 +1,14 @@
 /* The mathematics of steer_op as a ggml graph on a tensor's own device, so that no activation crosses the bus.
  *
  * Once per device: a backend of its own, and every steering's planes. Once per dial: at most five numbers. Per call:
- * a graph of about five nodes a steering, built anew (a microsecond a node) in the same memory. The rows enter it as a
- * leaf of their own over the same data: as the model's tensor they would bring all that they were computed from.
+ * a graph of some six to twenty nodes a steering, built anew (a microsecond a node) in the same memory. The rows enter
+ * it as a leaf of their own over the same data: as the model's tensor they would bring all that they were computed from.
  *
- * Letters: H (n, d) the rows, B (rank, d) a plane, P = H B^T (n, rank). ggml names the innermost extent first.
+ * A GPU may round the factors of a large F32 product to half precision (Vulkan, Metal: no number above 65504) or to TF32
+ * (CUDA), but none does so with a matrix by one vector or two. So H, long as it is, is only ever the matrix, never the
+ * many vectors, and what is added to it is formed number by number.
+ *
+ * Letters: H (n, d) the rows, b_k (d) a plane's rows, p_k = H b_k (n). ggml names the innermost extent first.
  */
 #include "steer_parts.h"
 
@@ -12,15 +16,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NODES = 16, META = 4 /* GGML_BACKEND_DEVICE_TYPE_META */ };
+enum { NODES = 32, META = 4 /* GGML_BACKEND_DEVICE_TYPE_META */ };
 
 /* One steering on a device. */
 struct upload {
     struct ggml_context *tensors;
     void *buffer;
     struct ggml_tensor *basis;      /* planes of rank rows, d wide */
-    struct ggml_tensor *transposed; /* planes of d rows, rank wide */
-    struct ggml_tensor *dial;       /* K with Q = P K^T for linear operators; (x, y) for STEER_TURN_TO */
+    struct ggml_tensor *transposed; /* for STEER_TURN_BY: planes of d rows, 2 wide */
+    struct ggml_tensor *dial;       /* by columns K with q = K p for STEER_TURN_BY; x, y for STEER_TURN_TO */
     struct ggml_tensor *threshold;  /* z, for STEER_TURN_TO */
     uint32_t turned_at;             /* of the dial that is there; 0 is none */
 };
@@ -58,34 +62,40 @@ static void free_upload(struct upload *u, const struct steer_device_ggml *g) {
     *u = (struct upload){0};
 }
 
+/* STEER_TURN_BY's planes with their rows as columns; false where memory lacks. */
+static bool set_transposed(const struct steer_device_ggml *g, const struct steering *s, int64_t d, struct upload *u) {
+    const size_t size = (size_t)(s->n_planes * 2 * d) * sizeof(float);
+    float *transposed = malloc(size);
+    if (transposed == NULL) return false;
+    for (int64_t plane = 0; plane < s->n_planes; plane++) {
+        const float *from = s->basis + plane * 2 * d;
+        float *at = transposed + plane * 2 * d;
+        for (int64_t i = 0; i < d; i++) {
+            for (int64_t k = 0; k < 2; k++) at[i * 2 + k] = from[k * d + i];
+        }
+    }
+    g->tensor_set(u->transposed, transposed, 0, size);
+    free(transposed);
+    return true;
+}
+
 /* Lays steering s on the device, but for its dial. */
 static bool upload(const struct steer_device *to, const struct steer_device_ggml *g, const struct steering *s, int64_t d,
                    struct upload *u) {
     const int64_t rows = (int64_t)s->n_planes * s->rank;
-    const int64_t dial_width = s->op == STEER_TURN_TO ? 1 : s->rank;
+    const bool turn_by = s->op == STEER_TURN_BY;
     u->tensors = g->init((struct steer_ggml_init){4 * g->tensor_overhead(), NULL, true});
     if (u->tensors == NULL) return false;
     u->basis = g->new_tensor_2d(u->tensors, g->type_f32, d, rows);
-    u->transposed = g->new_tensor_2d(u->tensors, g->type_f32, s->rank, s->n_planes * d);
-    u->dial = g->new_tensor_2d(u->tensors, g->type_f32, dial_width, s->rank);
+    u->dial = g->new_tensor_2d(u->tensors, g->type_f32, turn_by ? 2 : 1, 2);
     u->threshold = g->new_tensor_2d(u->tensors, g->type_f32, 1, 1);
+    if (turn_by) u->transposed = g->new_tensor_2d(u->tensors, g->type_f32, 2, s->n_planes * d);
     u->buffer = g->alloc_ctx_tensors(u->tensors, to->backend);
-    const size_t size = (size_t)(rows * d) * sizeof(float);
-    float *transposed = u->buffer ? malloc(size) : NULL;
-    if (transposed == NULL) {
+    if (u->buffer == NULL || (turn_by && !set_transposed(g, s, d, u))) {
         free_upload(u, g);
         return false;
     }
-    for (int64_t plane = 0; plane < s->n_planes; plane++) {
-        const float *from = s->basis + plane * s->rank * d;
-        float *at = transposed + plane * s->rank * d;
-        for (int64_t i = 0; i < d; i++) {
-            for (int64_t k = 0; k < s->rank; k++) at[i * s->rank + k] = from[k * d + i];
-        }
-    }
-    g->tensor_set(u->basis, s->basis, 0, size);
-    g->tensor_set(u->transposed, transposed, 0, size);
-    free(transposed);
+    g->tensor_set(u->basis, s->basis, 0, (size_t)(rows * d) * sizeof(float));
     return true;
 }
 
@@ -94,41 +104,73 @@ static void set_dial(const struct steer_device_ggml *g, const struct steering *s
     u->turned_at = s->turned_at;
     switch (s->op) {
     case STEER_TURN_BY:
-        g->tensor_set(u->dial, (const float[]){s->x, -s->y, s->y, s->x}, 0, 4 * sizeof(float));
+        g->tensor_set(u->dial, (const float[]){s->x, s->y, -s->y, s->x}, 0, 4 * sizeof(float));
         break;
     case STEER_TURN_TO:
         g->tensor_set(u->dial, (const float[]){s->x, s->y}, 0, 2 * sizeof(float));
         g->tensor_set(u->threshold, &s->z, 0, sizeof(float));
-        break;
-    case STEER_ABLATE:
-        g->tensor_set(u->dial, (const float[]){-1}, 0, sizeof(float));
         break;
     }
 }
 
 /* ---- the graph ------------------------------------------------------------------------------------------------ */
 
-/* Q (n, 2) with H' = H + Q B, of rows whose part in the plane is P (n, 2). */
-static struct ggml_tensor *turn_to(const struct steer_device_ggml *g, struct ggml_context *ctx, const struct steering *s,
-                                   const struct upload *u, struct ggml_tensor *p, int64_t n) {
-    struct ggml_tensor *r = g->sqrt(ctx, g->sum_rows(ctx, g->sqr(ctx, p)));
-    struct ggml_tensor *q = g->sub(ctx, g->mul_mat(ctx, u->dial, r), p);
-    if (s->z == -INFINITY) return q;
-    struct ggml_tensor *p1 = g->view_2d(ctx, p, 1, n, 2 * sizeof(float), 0);
-    return g->mul(ctx, q, g->step(ctx, g->sub(ctx, p1, u->threshold)));
+/* What one steering does at one site, as it is built into the graph. */
+struct build {
+    const struct steer_device_ggml *g;
+    struct ggml_context *ctx;
+    const struct upload *u;
+    int64_t d, n;
+};
+
+/* Row k of a plane's rows, or of what has their shape. */
+static struct ggml_tensor *row_of(const struct build *at, struct ggml_tensor *rows, int64_t k) {
+    return at->g->view_2d(at->ctx, rows, at->d, 1, (size_t)at->d * sizeof(float), (size_t)(k * at->d) * sizeof(float));
+}
+
+/* One number for each row of H: those behind `skipped` such columns of p. */
+static struct ggml_tensor *column_of(const struct build *at, struct ggml_tensor *p, int64_t skipped) {
+    return at->g->view_2d(at->ctx, p, 1, at->n, sizeof(float), (size_t)(skipped * at->n) * sizeof(float));
+}
+
+/* H + q b, in place: to each row of H its own q times b. */
+static struct ggml_tensor *add_along(const struct build *at, struct ggml_tensor *h, struct ggml_tensor *q,
+                                     struct ggml_tensor *b) {
+    struct ggml_tensor *wide = at->n == 1 ? b : at->g->repeat(at->ctx, b, h);
+    return at->g->add_inplace(at->ctx, h, at->g->mul(at->ctx, wide, q));
+}
+
+/* H + (x r - p1) b1 + (y r - p2) b2 with r = |p|, where p1 > z. */
+static struct ggml_tensor *turned_to(const struct build *at, const struct steering *s, struct ggml_tensor *h,
+                                     struct ggml_tensor *b, struct ggml_tensor *p) {
+    const struct steer_device_ggml *g = at->g;
+    struct ggml_tensor *p1 = column_of(at, p, 0), *p2 = column_of(at, p, 1), *passes = NULL;
+    struct ggml_tensor *r = g->sqrt(at->ctx, g->add_inplace(at->ctx, g->sqr(at->ctx, p1), g->sqr(at->ctx, p2)));
+    if (s->z != -INFINITY) passes = g->step(at->ctx, g->sub(at->ctx, p1, at->u->threshold));
+    for (int64_t k = 0; k < 2; k++) {
+        struct ggml_tensor *to = g->view_2d(at->ctx, at->u->dial, 1, 1, sizeof(float), (size_t)k * sizeof(float));
+        struct ggml_tensor *q = g->sub(at->ctx, g->mul(at->ctx, r, to), k == 0 ? p1 : p2);
+        if (passes) q = g->mul(at->ctx, q, passes);
+        h = add_along(at, h, q, row_of(at, b, k));
+    }
+    return h;
 }
 
 /* The node that writes into H what one steering makes of it. */
-static struct ggml_tensor *turned(const struct steer_device_ggml *g, struct ggml_context *ctx, const struct steering *s,
-                                  const struct upload *u, const struct act *act, struct ggml_tensor *h, int64_t d,
-                                  int64_t n) {
-    const size_t plane = (size_t)(act->plane * s->rank * d) * sizeof(float);
-    struct ggml_tensor *b = g->view_2d(ctx, u->basis, d, s->rank, (size_t)d * sizeof(float), plane);
-    if (s->op == STEER_ADD) return g->add_inplace(ctx, h, g->scale(ctx, b, s->x * act->scale));
-    struct ggml_tensor *bt = g->view_2d(ctx, u->transposed, s->rank, d, (size_t)s->rank * sizeof(float), plane);
-    struct ggml_tensor *p = g->mul_mat(ctx, b, h);
-    struct ggml_tensor *q = s->op == STEER_TURN_TO ? turn_to(g, ctx, s, u, p, n) : g->mul_mat(ctx, u->dial, p);
-    return g->add_inplace(ctx, h, g->mul_mat(ctx, bt, q));
+static struct ggml_tensor *turned(const struct build *at, const struct steering *s, const struct act *act,
+                                  struct ggml_tensor *h) {
+    const struct steer_device_ggml *g = at->g;
+    const size_t plane = (size_t)(act->plane * s->rank * at->d) * sizeof(float);
+    struct ggml_tensor *b = g->view_2d(at->ctx, at->u->basis, at->d, s->rank, (size_t)at->d * sizeof(float), plane);
+    if (s->op == STEER_ADD) return g->add_inplace(at->ctx, h, g->scale(at->ctx, b, s->x * act->scale));
+    struct ggml_tensor *p = g->mul_mat(at->ctx, h, b);
+    if (s->op == STEER_TURN_TO) return turned_to(at, s, h, b, p);
+    if (s->op == STEER_ABLATE) return add_along(at, h, column_of(at, p, 0), g->scale(at->ctx, b, -1));
+    /* With q = K p, H + q1 b1 + q2 b2 is H + p1 c1 + p2 c2: the plane is turned, however many rows there are. */
+    struct ggml_tensor *bt = g->view_2d(at->ctx, at->u->transposed, 2, at->d, 2 * sizeof(float), plane);
+    struct ggml_tensor *c = g->mul_mat(at->ctx, bt, at->u->dial);
+    for (int64_t k = 0; k < 2; k++) h = add_along(at, h, column_of(at, p, k), row_of(at, c, k));
+    return h;
 }
 
 /* Room for the graph, at the same addresses every time: backends keep notes on graphs by address. */
@@ -176,7 +218,7 @@ int32_t steer_turn_on_device(struct steer_device **devices, const struct steer_d
         if (!s->on) continue;
         if (u->buffer == NULL && !upload(on, g, s, d, u)) return STEER_NO_DEVICE;
         set_dial(g, s, u);
-        h = turned(g, on->graph, s, u, act, h, d, n);
+        h = turned(&(struct build){g, on->graph, u, d, n}, s, act, h);
     }
     g->build_forward_expand(graph, h);
     for (int i = 0; i < g->graph_n_nodes(graph); i++) {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_char_p, c_void_p
+from functools import cache
 from pathlib import Path
 
 import llama_cpp
@@ -12,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from planted import DIAL, random_steering
 
+from edge_steer import ggml
 from edge_steer.architectures import architecture
 from edge_steer.choices import Operator
 from edge_steer.model_file import read_model
@@ -21,6 +25,17 @@ from edge_steer.steering import Steering
 BATCHES = (1, 7, 512, 700)
 EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
 TOLERANCE = 1e-4  # of the logits' range
+CPU_ONLY = {"n_gpu_layers": 0, "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE, "main_gpu": -1}  # large batches too
+
+
+@cache
+def gpus() -> int:
+    """This machine's GPUs, with those of GGML_BACKEND_PATH: ggml itself loads it only where it has no backend."""
+    if path := os.environ.get("GGML_BACKEND_PATH"):
+        load = ggml.registry().ggml_backend_load
+        load.restype, load.argtypes = c_void_p, [c_char_p]
+        assert load(path.encode()), f"ggml does not load {path}"
+    return len(ggml.local_devices(ggml.GPU) + ggml.local_devices(ggml.INTEGRATED_GPU))
 
 
 def steerings_for(path: Path, operator: Operator, count: int) -> list[Steering]:

@@ -182,8 +182,9 @@ static struct ggml_tensor *scale(struct ggml_context *c, struct ggml_tensor *a, 
 static struct ggml_tensor *sqr(struct ggml_context *c, struct ggml_tensor *a) { return elementwise(c, '2', a, NULL); }
 static struct ggml_tensor *root(struct ggml_context *c, struct ggml_tensor *a) { return elementwise(c, 'r', a, NULL); }
 static struct ggml_tensor *step(struct ggml_context *c, struct ggml_tensor *a) { return elementwise(c, 't', a, NULL); }
-static struct ggml_tensor *sum_rows(struct ggml_context *c, struct ggml_tensor *a) {
-    return make(c, 'S', 1, a->ne[1], a, NULL);
+static struct ggml_tensor *repeat(struct ggml_context *c, struct ggml_tensor *a, struct ggml_tensor *b) {
+    if (b->ne[0] % a->ne[0] || b->ne[1] % a->ne[1]) abort();
+    return make(c, 'R', b->ne[0], b->ne[1], a, NULL);
 }
 
 static float *at(const struct ggml_tensor *t, int64_t i, int64_t j) {
@@ -197,9 +198,7 @@ static float value(const struct ggml_tensor *t, int64_t i, int64_t j) {
     case '@':
         for (int64_t k = 0; k < a->ne[0]; k++) sum += *at(a, k, i) * *at(b, k, j);
         return sum;
-    case 'S':
-        for (int64_t k = 0; k < a->ne[0]; k++) sum += *at(a, k, j);
-        return sum;
+    case 'R': return *at(a, i, j);
     case '+': return *at(a, i, j) + *at(b, i, j);
     case '-': return *at(a, i, j) - *at(b, i, j);
     case '*': return *at(a, i, j) * *at(b, i, j);
@@ -265,7 +264,7 @@ const struct steer_device_ggml fake_device_ggml = {
     .scale = scale,
     .sqr = sqr,
     .sqrt = root,
-    .sum_rows = sum_rows,
+    .repeat = repeat,
     .step = step,
     .host_device = &the_device,
     .type_f32 = F32,

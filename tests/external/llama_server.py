@@ -42,15 +42,22 @@ TOP = 5
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-warmup")
 
 
+def source_of_llama_cpp(folder: Path) -> Path:
+    """llama.cpp's source, of the source distribution of the llama-cpp-python that is installed; kept in `folder`."""
+    if not any(folder.glob("*/vendor/llama.cpp")):
+        wanted = f"llama-cpp-python=={llama_cpp.__version__}"
+        options = ["--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+        subprocess.run([sys.executable, "-m", "pip", "download", *options, wanted], check=True)
+        (sdist,) = folder.glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder, filter="data")
+    (source,) = folder.glob("*/vendor/llama.cpp")
+    return source
+
+
 def build(folder: Path) -> Path:
     """llama-server, compiled from the source inside llama-cpp-python's source distribution."""
-    wanted = f"llama-cpp-python=={llama_cpp.__version__}"
-    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder), wanted]
-    subprocess.run(fetch, check=True)
-    (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
-    (source,) = folder.glob("*/vendor/llama.cpp")
+    source = source_of_llama_cpp(folder)
     output = folder / "build"
     options = [
         "-DCMAKE_BUILD_TYPE=Release",
