@@ -53,7 +53,8 @@ def test_no_request_like_those_it_describes_makes_it_fail(data: Any, client: Tes
         case.body |= {name: 1 for name in ("n", "max_tokens", "max_completion_tokens") if case.body.get(name)}
     arguments = case.as_transport_kwargs(base_url="http://localhost")
     found = client.request(**{name: value for name, value in arguments.items() if name != "cookies"})
-    assert found.status_code < 500, (found.status_code, found.text, arguments)
+    not_served = found.status_code == 501  # a path of another program's, or an option that was not given
+    assert found.status_code < 500 or not_served, (found.status_code, found.text, arguments)
 
 
 @MANY

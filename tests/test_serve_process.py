@@ -199,7 +199,7 @@ def test_a_wait_that_is_too_long_is_told(model: Path) -> None:
         release = threading.Event()
 
         async def occupy() -> None:
-            service.worker.submit("test", {}, lambda *_: release.wait(10))
+            service.worker.submit("test", {}, {}, lambda *_: release.wait(10))
 
         client.portal.call(occupy)  # type: ignore[union-attr]
         found = client.post(CHAT, json={**LONG, "max_tokens": 2})
