@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_steer.choices import DEVICES, DTYPES, MASKS, OPERATORS, PLANES, Device, DType, Mask, Operator, Plane
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 
 if TYPE_CHECKING:
     from edge_steer.calibration.engines import CalibrationEngine
@@ -120,7 +120,7 @@ def calibrate(
     acts = str(Gate.parse(gate) or "") if gate else ""
     if (preset is None) == (positive is None and negative is None):
         raise click.UsageError("expected --preset NAME, or --positive FILE with --negative FILE")
-    target = options.output_path(output, force, model, positive, negative, *orthogonal_to)
+    target = outputs.output_path(output, force, model, positive, negative, *orthogonal_to)
     if preset is None and (positive is None or negative is None):
         raise click.UsageError(f"expected --positive and --negative, got no --{'negative' if positive else 'positive'}")
     prompts = load_prompts(preset, positive, negative, target.stem, limit)

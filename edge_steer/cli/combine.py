@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 
 
 @click.command()
@@ -41,7 +41,7 @@ def combine(
     from edge_steer.runtime.dials import split_dial
 
     files = [split_dial(each.partition("=")[2] or each)[0] for each in steering]
-    path = options.output_path(output, force, *files)
+    path = outputs.output_path(output, force, *files)
     steerings, dials = bind_names(steering, model)
     made = combine_steerings(expression, steerings, angles=dials, name=name or path.stem, note=options.note)
     made.save(path, force=force)

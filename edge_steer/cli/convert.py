@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 from edge_steer.cli.numbers import THREADS
 
 
@@ -60,7 +60,7 @@ def convert(
     target = Path(output)
     if target.exists() and not force:
         raise SteerError(f"{target} exists; give --force to overwrite it, or another -o")
-    options.check_not_an_input([target], *(split_argument(each)[0] for each in steering), *Path(directory).glob("*"))
+    outputs.check_not_an_input([target], *(split_argument(each)[0] for each in steering), *Path(directory).glob("*"))
     steerings, dials = named_steerings(steering)
     if not embed:
         options.note_gates(steerings, "what is written: it acts on every token")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 from edge_steer.export.formats import FORMATS, ExportJob
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def export(
         wanted, got = kinds if target.reads_folder else kinds[::-1]
         raise SteerError(f"expected {wanted} for --to {to}, got {got} at {path}")
     job = ExportJob(path, Path(output), steerings, steered_type, force, bar)
-    options.check_not_an_input(target.replaced_files(job), path, *(split_argument(each)[0] for each in steering))
+    outputs.check_not_an_input(target.replaced_files(job), path, *(split_argument(each)[0] for each in steering))
     paths, described = target.write(job)
     click.echo(described, err=True)
     for written in paths:

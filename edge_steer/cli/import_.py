@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 
 
 @click.command("import")
@@ -33,7 +33,7 @@ def import_(source: str, model: str, output: str, name: str | None, force: bool)
     from edge_steer.fetch import resolve
     from edge_steer.importing import import_steering
 
-    target = options.output_path(output, force, source, model)
+    target = outputs.output_path(output, force, source, model)
     with fetching(model) as progress:
         path = resolve(model, fetch=True, progress=progress)
     steering = import_steering(source, path, name=name or target.stem)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 
 if TYPE_CHECKING:
     from edge_steer.steering import Steering
@@ -132,7 +132,7 @@ def inspect(file: str, as_json: bool, plot: str | None, force: bool) -> None:
     if plot is not None:
         from edge_steer.sweep.layer_plot import plot_layers
 
-        path = options.output_path(plot, force, file)
+        path = outputs.output_path(plot, force, file)
         plot_layers(steerings, path, force=force)
         options.note(f"wrote {path}")
     if as_json:

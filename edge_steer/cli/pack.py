@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ def pack(files: tuple[str, ...], licence: str | None, results: str | None, outpu
     path = Path(output)
     sources = [file for each in files for file in _steering_files(Path(each))]
     if path.suffix.lower() == ".zip":
-        path = options.output_path(output, force, *sources)
+        path = outputs.output_path(output, force, *sources)
     found: dict[str, Any] = {} if results is None else read_json(Path(results))
     steerings = [each for file in sources for each in Steering.load_all(file)]
     write_pack(steerings, path, licence=licence, results=found, sources=sources, force=force)

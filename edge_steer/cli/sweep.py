@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_steer.cli import options
+from edge_steer.cli import options, outputs
 from edge_steer.cli.numbers import FiniteRange
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def sweep(
     dials = _parse_dials(angles)
     folder = Path(output)
     check_output_folder(folder)
-    options.check_not_an_input([folder / each for each in OUTPUTS], model, steering, positive, negative, probes)
+    outputs.check_not_an_input([folder / each for each in OUTPUTS], model, steering, positive, negative, probes)
     inputs = read_inputs(steering, preset=preset, positive=positive, negative=negative, probes=probes)
     if write and steering is not None:
         if inputs.without_range:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 import time
@@ -20,6 +19,7 @@ from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import Common, Message
 from edge_steer.serve.gate_field import read_gates, split_alias, split_gates
+from edge_steer.serve.messages import for_template
 from edge_steer.serve.steering_field import FIELD, BadRequest, Dial, parse_alias, parse_steering
 from edge_steer.serve.worker import Ping, Ticket, Worker
 
@@ -170,7 +170,7 @@ class Service:
         return self.checked(list(await self.on_vocabulary(render, param)), param)
 
     def _rendered(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
-        return self.llm.chat_template.render([_for_template(each) for each in messages], **more)
+        return self.llm.chat_template.render([for_template(each) for each in messages], **more)
 
     def checked(self, tokens: list[int], param: str) -> list[int]:
         """`tokens`, if they are the vocabulary's and leave room for an answer. Raises ApiError."""
@@ -237,18 +237,3 @@ def _follow(pieces: Any, llm: SteeredLlama, ticket: Ticket, index: int) -> Answe
             ticket.turn(llm)
     finally:
         pieces.close()
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it."""
-    found: dict[str, Any] = message.model_dump(exclude_none=True)
-    found.setdefault("content", None)
-    if message.role == "developer":
-        found["role"] = "system"
-    for call in found.get("tool_calls", ()):
-        try:
-            arguments = json.loads(call["function"]["arguments"])
-        except ValueError:
-            raise SteerError(f"expected the arguments of {call['function']['name']} as JSON, got other text") from None
-        call["function"]["arguments"] = arguments
-    return found
