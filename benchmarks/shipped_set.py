@@ -3,25 +3,32 @@
     python benchmarks/shipped_set.py                       # all that there is
     python benchmarks/shipped_set.py --work OTHER/effects
 
-Nothing is measured here: the default steering of each model and preset is taken as `calibrate` made it, under the
-preset's name, with what it did at the budget. Run it again as more is measured; a model without any is left alone.
+The default steering of each model and preset is taken as `calibrate` made it, under the preset's name, with what it did
+at the budget. Class means, which readings are told in, are recorded where a calibration is older than they are, and
+kept with it. Run it again as more is measured; a model without any is left alone.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from effects import BUDGET, MODELS, OURS
 from page import write_part
 
-from edge_steer.preset import preset_names
+from edge_steer.calibration.native_recorder import NativeRecorder
+from edge_steer.calibration.site_choice import RECORDED_SITES
+from edge_steer.calibration.steering import class_sums
+from edge_steer.fetch import resolve
+from edge_steer.preset import load_preset, preset_names
 from edge_steer.registry import entry
 from edge_steer.sharing.pack import write_pack
 from edge_steer.sharing.shipped import shipped_packs
-from edge_steer.steering import Steering
+from edge_steer.steering import Steering, save_all
 
 PAGE = Path(__file__).parent.parent / "docs" / "packs.md"
 PLACE = Path(__file__).parent.parent / "models" / "steerings"
@@ -42,7 +49,7 @@ def main(models: str, work: str) -> None:
         found, results = [], {}
         for preset in preset_names():
             folder = Path(work) / model / preset
-            steering = default_steering(folder, preset)
+            steering = default_steering(folder, model, preset)
             if steering is not None:
                 found.append(steering)
                 results |= {preset: at_budget(folder)} if at_budget(folder) else {}
@@ -64,10 +71,28 @@ def table() -> str:
     return "\n".join([*lines, f"| all | | {total / 1e6:.1f} MB |"])
 
 
-def default_steering(folder: Path, name: str) -> Steering | None:
+def default_steering(folder: Path, model: str, preset: str) -> Steering | None:
     file = folder / "steerings.gguf"
-    steerings = Steering.load_all(file) if file.exists() else []
-    return next((each.with_(name=name) for each in steerings if each.name == OURS), None)
+    if not file.exists():
+        return None
+    steerings = Steering.load_all(file)
+    ours = next(each for each in steerings if each.name == OURS)
+    if np.isnan(ours.class_means).all():
+        ours = with_class_means(ours, model, preset)
+        save_all([ours, *(each for each in steerings if each.name != OURS)], file, force=True)
+    return ours.with_(name=preset)
+
+
+def with_class_means(steering: Steering, model: str, preset: str) -> Steering:
+    """The steering with the class means along its planes, recorded from the prompts that it was made of."""
+    click.echo(f"{model}, {preset}: recording the class means", err=True)
+    prompts = load_preset(preset)
+    with closing(NativeRecorder(resolve(model, fetch=True), sites=RECORDED_SITES)) as recorder:
+        numbers = np.array([recorder.sites.index(site) for site in steering.sites])
+        sums = [class_sums(recorder, each, lambda _: None).at(numbers) for each in (prompts.negative, prompts.positive)]
+    b1 = steering.basis[steering.site_plane][:, 0]
+    along = [(each.mean * b1).sum(-1) for each in sums]
+    return steering.with_(class_means=np.stack(along, axis=-1).astype(np.float32))
 
 
 def at_budget(folder: Path) -> dict[str, Any]:

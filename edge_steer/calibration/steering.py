@@ -89,7 +89,7 @@ def calibrate(
 
     of_kind, chosen = filter_sites(recorder, plane, kinds, layers)
     recorded = tuple(recorder.sites[number] for number in of_kind)
-    positive, negative = (_sums(recorder, each, step).at(of_kind) for each in (prompts.positive, prompts.negative))
+    positive, negative = (class_sums(recorder, each, step).at(of_kind) for each in (prompts.positive, prompts.negative))
     found = compute_directions(recorded, positive, negative)
     kept, unit = found.kept, found.unit
     for number in sorted(set(range(len(recorded))) - set(kept.tolist())):
@@ -201,7 +201,7 @@ def filter_sites(
     return np.array(of_kind, np.intp), np.array(chosen, np.intp)
 
 
-def _sums(recorder: Recorder, prompts: Sequence[Prompt], step: Step) -> ClassSums:
+def class_sums(recorder: Recorder, prompts: Sequence[Prompt], step: Step) -> ClassSums:
     """The sums of a class; in the residual stream of a model with LayerNorms, of what those see of it."""
     architecture = ARCHITECTURES.get(recorder.base.architecture)
     sums = recorder.sums(prompts, step)
@@ -218,7 +218,7 @@ def _axis(
         of.check_fits(recorder.base)
         return axes_at(sites, of)
     few = of.first(AXIS_PROMPTS)
-    positive, negative = (_sums(recorder, each, step).at(at) for each in (few.positive, few.negative))
+    positive, negative = (class_sums(recorder, each, step).at(at) for each in (few.positive, few.negative))
     found = compute_directions(sites, positive, negative)
     axis = np.zeros((len(sites), recorder.base.embedding_length))
     axis[found.kept] = found.unit
