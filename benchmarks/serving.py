@@ -158,7 +158,8 @@ def server(command: Sequence[str], option: str) -> Iterator[Ask]:
     address = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(address, process)
-        with httpx.Client(base_url=address, timeout=600) as client:
+        fresh = httpx.Limits(max_keepalive_connections=0)  # an idle connection may be closed as the next request begins
+        with httpx.Client(base_url=address, timeout=600, limits=fresh) as client:
             yield lambda messages, most: streamed(client, messages, most)
     finally:
         process.terminate()
