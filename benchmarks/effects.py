@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ MODELS = "smollm2-135m,gemma3-270m,qwen2.5-coder-0.5b,qwen2.5-coder-1.5b"
 JUDGE = "qwen2.5-coder-1.5b"
 BUDGET = 0.25  # KL from unsteered on neutral text, nats per token, at both ends
 PROBES, CROSS_PROBES, TEXTS, LONGEST = 12, 6, 24, 32
+TEMPERATURE = 0.8
 OURS = "default"
 # Rivals: what `calibrate` is asked for. Those of addition are its own best sites, the better one is counted.
 RIVALS: dict[str, dict[str, Any]] = {
@@ -71,7 +73,7 @@ Cell = dict[str, Any]
 @click.command()
 @click.option("--models", default=MODELS, show_default=True)
 @click.option("--presets", default=",".join(preset_names()), show_default=True)
-@click.option("--parts", default="effects,texts,cross,candidates", show_default=True)
+@click.option("--parts", default="effects,texts,sampled,cross,candidates", show_default=True)
 @click.option("--work", default="benchmarks/measured/effects", show_default=True, help="Where measurements are kept.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--page", is_flag=True, help="Measure nothing; write the page.")
@@ -80,7 +82,7 @@ def main(models: str, presets: str, parts: str, work: str, threads: int, page: b
     top = Path(work)
     run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
     measure: dict[str, Callable[[str, str, Path, dict[str, Any]], None]] = {
-        "effects": effects, "texts": texts, "cross": cross, "candidates": candidates,
+        "effects": effects, "texts": texts, "sampled": sampled, "cross": cross, "candidates": candidates,
     }  # fmt: skip
     for part in [] if page else parts.split(","):
         for preset in presets.split(","):
@@ -205,7 +207,19 @@ def sites_of(steering: Steering) -> str:
 
 def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
     """Greedy answers to held-out prompts at both ends of the budget, at half, and off; then the judge's log-odds."""
-    file, ends = folder / "texts.json", folder / "effects.json"
+    judge_texts(model, preset, folder, run, "texts", {"-1": -1.0, "-1/2": -0.5, "0": None, "+1/2": 0.5, "+1": 1.0}, 0.0)
+
+
+def sampled(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
+    """The same, sampled, at both ends and off; the i-th prompt's seed is i."""
+    judge_texts(model, preset, folder, run, "sampled", {"-1": -1.0, "0": None, "+1": 1.0}, TEMPERATURE)
+
+
+def judge_texts(
+    model: str, preset: str, folder: Path, run: dict[str, Any], name: str, shares: dict[str, float | None], heat: float
+) -> None:
+    """Answers at shares of the budget's dials, and what the judge finds, kept in the file `name`. heat: of sampling."""
+    file, ends = folder / f"{name}.json", folder / "effects.json"
     found: Cell = json.loads(file.read_text()) if file.exists() else {}
     if "judged" in found or not ends.exists():
         return
@@ -213,10 +227,12 @@ def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
     if "texts" not in found:
         ours = json.loads(ends.read_text())[OURS]
         steering = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
-        low, high = ours["negative"]["dial"], ours["positive"]["dial"]
-        dials = {"-1": low, "-1/2": low / 2, "0": None, "+1/2": high / 2, "+1": high}
+        dials = {
+            at: share and abs(share) * ours["negative" if share < 0 else "positive"]["dial"]
+            for at, share in shares.items()
+        }
         with closing(open_steered(model, [steering], run)) as llm:
-            found["texts"] = {name: write_answers(llm, dial, prompts) for name, dial in dials.items()}
+            found["texts"] = {at: write_answers(llm, dial, prompts, heat) for at, dial in dials.items()}
         file.write_text(json.dumps(found, indent=1))
     with closing(open_steered(JUDGE, [], run)) as judge:
         found["judged"] = {
@@ -230,15 +246,16 @@ def texts(model: str, preset: str, folder: Path, run: dict[str, Any]) -> None:
         name: float(np.mean([repetition(each) for each in all_])) for name, all_ in found["texts"].items()
     }
     file.write_text(json.dumps(found, indent=1))
-    print_note(
-        f"{model}, {preset}, texts: " + str({name: positive(scores) for name, scores in found["judged"].items()})
-    )
+    print_note(f"{model}, {preset}, {name}: " + str({at: positive(scores) for at, scores in found["judged"].items()}))
 
 
-def write_answers(llm: SteeredLlama, dial: float | None, prompts: Sequence[str]) -> list[str]:
+def write_answers(llm: SteeredLlama, dial: float | None, prompts: Sequence[str], heat: float) -> list[str]:
     set_dial(llm, OURS, dial)
-    sampling = Sampling(max_tokens=LONGEST, repeat_penalty=1.0)
-    return [generate_answer(llm, [{"role": "user", "content": prompt}], sampling).text for prompt in prompts]
+    how = Sampling(max_tokens=LONGEST, repeat_penalty=1.0, temperature=heat)
+    return [
+        generate_answer(llm, [{"role": "user", "content": prompt}], replace(how, seed=seed)).text
+        for seed, prompt in enumerate(prompts)
+    ]
 
 
 def score(judge: SteeredLlama, preset: str, prompt: str, text: str) -> float:

@@ -150,39 +150,48 @@ def choice_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
 
 
 def texts_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
-    found = [(row, read(file)) for row in rows if (file := row["folder"] / "texts.json").exists()]
-    found = [(row, each) for row, each in found if "judged" in each]
+    kinds = {"texts": "greedy", "sampled": "sampled"}
+    found = [
+        (row, read(file), how)
+        for row in rows
+        for name, how in kinds.items()
+        if (file := row["folder"] / f"{name}.json").exists()
+    ]
+    found = [each for each in found if "judged" in each[1]]
     if not found:
         return []
     lines = [
         "## Texts",
         "",
-        "24 prompts that are in no preset, answered greedily in 32 tokens at both ends of the budget, at half and off. "
+        "24 prompts that are in no preset, answered in 32 tokens at both ends of the budget, at half and off: "
+        "greedily, and sampled at temperature 0.8, the i-th prompt with seed i. "
         "Judged by Qwen2.5-Coder-1.5B, unsteered: the share of answers whose log-odds of yes over no are higher for "
         "the positive end's name than for the negative's (\"Is the tone of this answer cheerful? Say yes or no.\"). "
         "*Wrong way*: the share of answers at an end whose score moved against the turn. Refusals are counted by their "
         "phrases, repetition is the share of repeated 4-grams.",
         "",
-        "| model | preset | judged positive at −1 | −½ | off | +½ | +1 | wrong way − / + | refusals − / off / + | "
+        "| model | preset | | judged positive at −1 | −½ | off | +½ | +1 | wrong way − / + | refusals − / off / + | "
         "repetition − / off / + |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in models:
-        for row, each in found:
+        for row, each, how in found:
             if row["model"] != model:
                 continue
             judged = each["judged"]
-            shares = [f"{sum(score > 0 for score in judged[name]) / len(judged[name]):.0%}" for name in POSITIONS]
+            shares = [
+                f"{sum(score > 0 for score in judged[name]) / len(judged[name]):.0%}" if name in judged else ""
+                for name in POSITIONS
+            ]
             wrong = [
                 f"{sum(sign * (now - off) < 0 for now, off in zip(judged[name], judged['0'], strict=True)) / 24:.0%}"
                 for name, sign in (("-1", -1), ("+1", 1))
             ]
             refusals = " / ".join(str(each["refusals"][name]) for name in ("-1", "0", "+1"))
             repeated = " / ".join(f"{each['repetition'][name]:.2f}" for name in ("-1", "0", "+1"))
-            lines.append(
-                f"| {model} | {row['preset']} | {' | '.join(shares)} | {' / '.join(wrong)} | {refusals} | {repeated} |"
-            )
-    return [*lines, "", *examples(found)]
+            cells = [model, row["preset"], how, *shares, " / ".join(wrong), refusals, repeated]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *examples([(row, each) for row, each, how in found if how == "greedy"])]
 
 
 def examples(found: Sequence[tuple[Row, Row]]) -> list[str]:

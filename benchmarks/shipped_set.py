@@ -20,9 +20,9 @@ import numpy as np
 from effects import BUDGET, MODELS, OURS
 from page import write_part
 
+from edge_steer.calibration.classes import class_sums
 from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.calibration.site_choice import RECORDED_SITES
-from edge_steer.calibration.steering import class_sums
 from edge_steer.fetch import resolve
 from edge_steer.preset import load_preset, preset_names
 from edge_steer.registry import entry

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_steer.checkpoint import Config, positive
 from edge_steer.converters.weights import Weight
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 
 Keys = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -99,7 +99,7 @@ def neighbours(name: str, weight: Weight, heads: int) -> Weight:
         ordered: NDArray[Any] = part.reshape(heads, 2, -1, *part.shape[1:]).swapaxes(1, 2).reshape(part.shape)
         return ordered
 
-    return weight.rearranged(order)
+    return weight.rearrange(order)
 
 
 def note_window(config: Config) -> str | None:
@@ -122,7 +122,7 @@ def rope_parameters(config: Config, kind: str = "full_attention") -> dict[str, A
     given = config.mapping("rope_parameters")
     own = given.get(kind, given)
     if not isinstance(own, dict):
-        raise FormatError(f"{config.path}: expected an object as rope_parameters.{kind}, got {shown(own)}")
+        raise FormatError(f"{config.path}: expected an object as rope_parameters.{kind}, got {quote(own)}")
     found = {**config.mapping("rope_scaling"), **own}
     kept = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
     merged = {**{key: value for key, value in kept.items() if value is not None}, **found}
@@ -156,20 +156,7 @@ def rope(config: Config) -> tuple[Keys, dict[str, Array]]:
         )
         return keys, {"rope_freqs.weight": factors}
     if kind == "yarn":
-        factor = number("factor")
-        own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0  # what llama.cpp scales attention by
-        scaled = given.get("attention_factor")
-        if scaled is None and given.get("mscale") and given.get("mscale_all_dim"):
-            raise SteerError(f"{config.path}: yarn with mscale is not known here; {OTHER_WAY}")
-        keys |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": factor,
-            "rope.scaling.original_context_length": trained,
-            "rope.scaling.attn_factor": (own if scaled is None else float(scaled)) / own,
-            "rope.scaling.yarn_beta_fast": number("beta_fast", 32.0),
-            "rope.scaling.yarn_beta_slow": number("beta_slow", 1.0),
-        }
-        return keys, {}
+        return {**keys, **_yarn_keys(config, given, number, trained)}, {}
     if kind in ("longrope", "su"):
         factor = number("factor", config.integer("max_position_embeddings") / trained)
         own = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
@@ -178,8 +165,26 @@ def rope(config: Config) -> tuple[Keys, dict[str, Array]]:
             "rope.scaling.original_context_length": trained,
             "rope.scaling.attn_factor": number("attention_factor", own),
         }
-        return keys, {f"rope_factors_{which}.weight": _listed(config, given, which) for which in ("long", "short")}
-    raise SteerError(f"{config.path}: rotary scaling {shown(kind)} is not known here; {OTHER_WAY}")
+        return keys, {
+            f"rope_factors_{which}.weight": _read_factors(config, given, which) for which in ("long", "short")
+        }
+    raise SteerError(f"{config.path}: rotary scaling {quote(kind)} is not known here; {OTHER_WAY}")
+
+
+def _yarn_keys(config: Config, given: Mapping[str, Any], number: Callable[..., float], trained: int) -> Keys:
+    factor = number("factor")
+    own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0  # what llama.cpp scales attention by
+    scaled = given.get("attention_factor")
+    if scaled is None and given.get("mscale") and given.get("mscale_all_dim"):
+        raise SteerError(f"{config.path}: yarn with mscale is not known here; {OTHER_WAY}")
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": trained,
+        "rope.scaling.attn_factor": (own if scaled is None else float(scaled)) / own,
+        "rope.scaling.yarn_beta_fast": number("beta_fast", 32.0),
+        "rope.scaling.yarn_beta_slow": number("beta_slow", 1.0),
+    }
 
 
 OTHER_WAY = (
@@ -188,7 +193,7 @@ OTHER_WAY = (
 )
 
 
-def _listed(config: Config, given: Mapping[str, Any], which: str) -> Array:
+def _read_factors(config: Config, given: Mapping[str, Any], which: str) -> Array:
     values, width = given.get(f"{which}_factor"), rope_width(config) // 2
     if not isinstance(values, list) or len(values) != width:
         raise FormatError(f"{config.path}: expected {width} numbers as rope {which}_factor, got {values!r:.60}")

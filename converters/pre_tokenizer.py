@@ -18,7 +18,7 @@ _TAIL_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
-def _cased(end: str) -> str:
+def _split_at_capitals(end: str) -> str:
     """Words told apart where capitals begin, each with `end` behind it."""
     start = r"[^\r\n\p{L}\p{N}]?"
     return f"{start}{_UPPER}*{_LOWER}+{end}|{start}{_UPPER}+{_LOWER}*{end}|"
@@ -29,8 +29,8 @@ def _cased(end: str) -> str:
 _PATTERNS = {
     _CONTRACTIONS[1] + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: ("llama-bpe", "dbrx"),
     _CONTRACTIONS[1] + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: (None, "qwen2"),
-    _cased("") + r"\p{N}" + _TAIL_SLASH: ("tekken", None),
-    _cased(_CONTRACTIONS[1] + "?") + r"\p{N}{1,3}" + _TAIL_SLASH: (None, "gpt-4o"),
+    _split_at_capitals("") + r"\p{N}" + _TAIL_SLASH: ("tekken", None),
+    _split_at_capitals(_CONTRACTIONS[1] + "?") + r"\p{N}{1,3}" + _TAIL_SLASH: (None, "gpt-4o"),
 }
 
 
@@ -72,7 +72,7 @@ def _keeps_matches(step: Mapping[str, Any]) -> bool:
     return step.get("type") == "Split" and way in (("Isolated", False), ("Removed", True))
 
 
-def named(tokenizer: Mapping[str, Any], given: str | None) -> tuple[str, dict[str, Any] | None]:
+def choose(tokenizer: Mapping[str, Any], given: str | None) -> tuple[str, dict[str, Any] | None]:
     """`given`, or what `recognise` finds; and the `pre_tokenizer` section that stands for it where `given` overrides
     another name that the file itself goes by. Raises SteerError if there is no name."""
     found = recognise(tokenizer)

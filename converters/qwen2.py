@@ -32,7 +32,7 @@ def _expert_shapes(config: Config) -> Shapes:
 
 def _vector(config: Config, name: str, weight: Weight) -> Weight:
     """The shared expert's gate is a weight of one row, in GGUF a vector."""
-    return weight.rearranged(np.ravel) if ".ffn_gate_inp_shexp." in name else weight
+    return weight.rearrange(np.ravel) if ".ffn_gate_inp_shexp." in name else weight
 
 
 def _check(config: Config) -> None:

@@ -19,7 +19,7 @@ from edge_steer.converters.qwen3 import QWEN3
 from edge_steer.converters.tensors import read_gguf_weights
 from edge_steer.converters.vocabulary import Vocabulary, read_vocabulary
 from edge_steer.converters.weights import Weight
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.provenance import BaseModel
 
 # By config.json's model_type.
@@ -67,13 +67,13 @@ def read(directory: str | Path, *, pre: str | None = None) -> Source:
     if family is None:
         known = ", ".join(FAMILIES)
         raise SteerError(
-            f"{config.path}: expected model_type {known}, got {shown(config.values['model_type'])}; {OTHER_WAY}"
+            f"{config.path}: expected model_type {known}, got {quote(config.values['model_type'])}; {OTHER_WAY}"
         )
     config = config.with_defaults(family.defaults)
     activation = config.get("hidden_activation", config.get("hidden_act", family.activation))
     if activation != family.activation:
         raise SteerError(
-            f"{config.path}: expected activation {family.activation}, got {shown(activation)}; {OTHER_WAY}"
+            f"{config.path}: expected activation {family.activation}, got {quote(activation)}; {OTHER_WAY}"
         )
     family.check(config)
     if family.arch not in ("gemma2", "gemma3") and (note := note_window(config)):

@@ -13,7 +13,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from edge_steer.checkpoint import Config
 from edge_steer.converters.family import OTHER_WAY, Family, Shapes
 from edge_steer.converters.weights import Weight, read_weights
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.export.folding import EMBEDDING, HEAD
 
 # Left behind by older files, computed anew by every engine; and the half of a multimodal model that reads images.
@@ -24,7 +24,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.*)")
 def read_gguf_weights(directory: Path, config: Config, family: Family) -> dict[str, Weight]:
     """Every weight by its GGUF name and in its GGUF form. Raises FormatError if one is missing, too many or of
     another shape than the configuration says."""
-    found = _named(directory, config, family)
+    found = _read_named(directory, config, family)
     tied = bool(config.get("tie_word_embeddings")) and _same(found.get(HEAD), found.get(EMBEDDING))
     if tied:
         found.pop(HEAD, None)
@@ -35,10 +35,10 @@ def read_gguf_weights(directory: Path, config: Config, family: Family) -> dict[s
     return {name: found[name] for name in (*expected, *allowed) if name in found}
 
 
-def _named(directory: Path, config: Config, family: Family) -> dict[str, Weight]:
+def _read_named(directory: Path, config: Config, family: Family) -> dict[str, Weight]:
     """What the directory holds by GGUF names, in its GGUF form."""
     layers = config.integer("num_hidden_layers")
-    weights = _stacked(directory, read_weights(directory))
+    weights = _stack_experts(directory, read_weights(directory))
     if layers > len(weights):
         raise FormatError(f"{config.path}: expected at most {len(weights)} layers for as many weights, got {layers}")
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.arch)
@@ -50,7 +50,7 @@ def _named(directory: Path, config: Config, family: Family) -> dict[str, Weight]
         stem, _, kind = tensor.replace("language_model.", "").rpartition(".")
         name = names.get_name(stem if stem.startswith(("model.", "lm_head")) else f"model.{stem}")
         if name is None or kind not in ("weight", "bias"):
-            raise SteerError(f"{directory}: {shown(tensor)} has no place in llama.cpp's {family.arch}; {OTHER_WAY}")
+            raise SteerError(f"{directory}: {quote(tensor)} has no place in llama.cpp's {family.arch}; {OTHER_WAY}")
         found[f"{name}.{kind}"] = family.form(config, f"{name}.{kind}", weight)
     return found
 
@@ -78,7 +78,7 @@ def _same(output: Weight | None, embedding: Weight | None) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(output.rows(), embedding.rows(), strict=True))
 
 
-def _stacked(directory: Path, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def _stack_experts(directory: Path, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Weights with those of each block's experts as one."""
     found: dict[str, Weight] = {}
     experts: dict[str, dict[int, Weight]] = {}
@@ -90,7 +90,7 @@ def _stacked(directory: Path, weights: Mapping[str, Weight]) -> dict[str, Weight
     for name, parts in experts.items():
         if sorted(parts) != list(range(len(parts))) or len({part.shape for part in parts.values()}) != 1:
             raise FormatError(
-                f"{directory}: expected experts of one shape without a gap in {shown(name)}, got {shown(sorted(parts))}"
+                f"{directory}: expected experts of one shape without a gap in {quote(name)}, got {quote(sorted(parts))}"
             )
         found[name] = Weight(tuple(parts[number].parts[0] for number in sorted(parts)))
     return found

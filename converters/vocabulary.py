@@ -86,7 +86,7 @@ def read_vocabulary(directory: Path, size: int, pre: str | None) -> Vocabulary:
     pieces = bool(model.get("byte_fallback"))
     special = _special(directory, path, size, with_merges=not pieces)
     if not pieces:
-        name, instead = pre_tokenizer.named(tokenizer, pre)
+        name, instead = pre_tokenizer.choose(tokenizer, pre)
         if instead is not None:
             warnings.warn(
                 f"{path} itself does not split text as {name}; compared with a tokenizer that does", stacklevel=3

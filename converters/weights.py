@@ -42,7 +42,7 @@ class Weight:
     def is_bfloat16(self) -> bool:
         return all(part.dtype == np.uint16 for part in self.parts)
 
-    def rearranged(self, order: Callable[[NDArray[Any]], NDArray[Any]]) -> Weight:
+    def rearrange(self, order: Callable[[NDArray[Any]], NDArray[Any]]) -> Weight:
         """The weight with `order` applied to each part: a permutation or a reshape, nothing that computes."""
         return replace(self, parts=tuple(order(part) for part in self.parts))
 

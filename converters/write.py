@@ -117,7 +117,7 @@ def _write_file(
         out = writer.fout[0]
         writer.write_padding(out, out.tell())
         for name, weight in weights.items():
-            for block_of_rows in _encoded(name, weight, types[name], changes):
+            for block_of_rows in _encode(name, weight, types[name], changes):
                 out.write(block_of_rows.data)
             writer.write_padding(out, out.tell())
             step(1)
@@ -125,7 +125,7 @@ def _write_file(
         writer.close()
 
 
-def _encoded(name: str, weight: Weight, kind: GGMLQuantizationType, changes: Changes | None) -> Iterator[NDArray[Any]]:
+def _encode(name: str, weight: Weight, kind: GGMLQuantizationType, changes: Changes | None) -> Iterator[NDArray[Any]]:
     for turned in weight.rows() if changes is None or name not in changes else changes.rows(name, weight.rows):
         if not np.isfinite(turned).all():
             raise FormatError(f"{name}: expected numbers, got NaN or infinity; is the checkpoint whole?")

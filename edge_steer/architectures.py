@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.sites import Architecture, SiteKind
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
@@ -120,7 +120,7 @@ def architecture(name: str, tensors: Iterable[str] = ()) -> Architecture:
     """
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise SteerError(f"the sites of architecture {shown(name)} are not known; known: {known}")
+        raise SteerError(f"the sites of architecture {quote(name)} are not known; known: {known}")
     if name == _FALCON_40B.name and any(_FALCON_40B_NORM.search(tensor) for tensor in tensors):
         return _FALCON_40B
     return ARCHITECTURES[name]
@@ -138,7 +138,7 @@ def architecture_of(
     known = next((MODEL_TYPES[each] for each in named if isinstance(each, str) and each in MODEL_TYPES), None)
     if known is None:
         raise SteerError(
-            f"{where}: expected a model_type among {', '.join(sorted(MODEL_TYPES))}, got {shown(named[0])}; "
+            f"{where}: expected a model_type among {', '.join(sorted(MODEL_TYPES))}, got {quote(named[0])}; "
             "use a GGUF of the model instead"
         )
     return architecture(known, tensors)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.prompts import Prompt
 
 # Contents are stripped: a model begins its answer with a space of its own, and two would be other tokens than it wrote.
@@ -70,7 +70,7 @@ class ChatTemplate:
 
         if name not in builtin_names():
             raise SteerError(
-                f"expected a chat template's file, or one of {', '.join(builtin_names())}, got {shown(name)}"
+                f"expected a chat template's file, or one of {', '.join(builtin_names())}, got {quote(name)}"
             )
         return cls(name, bos_token, lambda messages, **_: apply_builtin(name, messages))
 
@@ -113,7 +113,7 @@ class ChatTemplate:
             if system is None:
                 raise _broken(error) from None
         try:
-            return self._write(_folded(chat), **more)
+            return self._write(_fold_system(chat), **more)
         except errors as error:
             raise _broken(error) from None
 
@@ -128,14 +128,14 @@ def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content, list):
         kinds = [part.get("type") if isinstance(part, Mapping) else part for part in content]
         if others := [kind for kind in kinds if kind != "text"]:
-            raise SteerError(f"expected a message of text, got a part of type {shown(others[0])}; leave it out")
+            raise SteerError(f"expected a message of text, got a part of type {quote(others[0])}; leave it out")
         content = "\n".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) and message.get("role") in ("system", "user"):
-        raise SteerError(f"expected text as content of a {message['role']} message, got {shown(content)}")
+        raise SteerError(f"expected text as content of a {message['role']} message, got {quote(content)}")
     return {**message, "content": content}
 
 
-def _folded(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _fold_system(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`chat` with its system message, the first, moved into the user message after it."""
     system, *rest = chat
     if not rest:

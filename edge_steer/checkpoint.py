@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.json_file import read_json
 from edge_steer.safetensors_file import Tensor, read_safetensors
 
@@ -34,7 +34,7 @@ class Config:
         """A positive whole number. Raises FormatError if there is none."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise FormatError(f"{self.path}: expected a positive whole number as {key}, got {shown(value)}")
+            raise FormatError(f"{self.path}: expected a positive whole number as {key}, got {quote(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -45,7 +45,7 @@ class Config:
         """An object; empty where there is none."""
         value = self.get(key, {})
         if not isinstance(value, dict):
-            raise FormatError(f"{self.path}: expected an object as {key}, got {shown(value)}")
+            raise FormatError(f"{self.path}: expected an object as {key}, got {quote(value)}")
         return value
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
@@ -59,7 +59,7 @@ class Config:
 def positive(path: Path, key: str, value: Any) -> float:
     """`value` as a positive finite number. Raises FormatError if it is none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise FormatError(f"{path}: expected a positive number as {key}, got {shown(value)}")
+        raise FormatError(f"{path}: expected a positive number as {key}, got {quote(value)}")
     return float(value)
 
 
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> Config:
     whole = Config(path, read_json(path))
     model_type = whole.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise FormatError(f"{path}: expected the family's name as model_type, got {shown(model_type)}")
+        raise FormatError(f"{path}: expected the family's name as model_type, got {quote(model_type)}")
     config = replace(whole, values={**whole.values, **whole.mapping("text_config"), "model_type": model_type})
     if any(each.get("quantization_config") is not None for each in (whole, config)):
         raise SteerError(
@@ -105,11 +105,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(set(shards.values()))
     for file in files:
         if Path(file).name != file or not file.isprintable() or len(file) > _LONGEST_NAME:
-            raise FormatError(f"{index}: expected file names without folders, got {shown(file)}")
+            raise FormatError(f"{index}: expected file names without folders, got {quote(file)}")
         if not (folder / file).is_file():
             raise SteerError(f"{index}: names {file}, which is not there; fetch it")
     found = {tensor.name: tensor for file in files for tensor in read_safetensors(folder / file)}
     for name, file in shards.items():
         if name not in found:
-            raise FormatError(f"{index}: says that {file} holds {shown(name)}, it does not; fetch both again")
+            raise FormatError(f"{index}: says that {file} holds {quote(name)}, it does not; fetch both again")
     return found

@@ -112,7 +112,7 @@ _ATTRIBUTES = (
 )
 
 
-def changed(expected: str, found: str) -> MismatchError:
+def change_error(expected: str, found: str) -> MismatchError:
     """What to raise where llama-cpp-python, or the llama.cpp that it brings, is not as edge-steer knows it."""
     import llama_cpp
 
@@ -143,7 +143,7 @@ def check_model(llm: Any) -> None:
         at = llm
         for name in path.split("."):
             if not hasattr(at, name):
-                raise changed(f"a Llama with {path}", "none")
+                raise change_error(f"a Llama with {path}", "none")
             at = getattr(at, name)
 
 
@@ -151,7 +151,7 @@ def _check_fields(structure: str, fields: list[str]) -> None:
     found = [field for field, *_ in _find("llama_cpp", structure)._fields_]
     for field in fields:
         if field not in found:
-            raise changed(f"{structure} with the field {field}", f"the fields {', '.join(found)}")
+            raise change_error(f"{structure} with the field {field}", f"the fields {', '.join(found)}")
 
 
 def _find(module: str, name: str) -> Any:
@@ -161,7 +161,7 @@ def _find(module: str, name: str) -> Any:
         for part in name.split("."):
             at = getattr(at, part)
     except (ImportError, AttributeError):
-        raise changed(f"{path}.{name}", "none") from None
+        raise change_error(f"{path}.{name}", "none") from None
     return at
 
 
@@ -176,19 +176,19 @@ def _check_parameters(name: str, function: Any, wanted: str) -> None:
         and each.name not in (*by_place, *by_name)
     ]  # fmt: skip
     if found[: len(by_place)] != by_place or not set(by_name) <= set(found) or others:
-        raise changed(f"{name} to take {wanted.replace(' ', ', ')}", f"{', '.join(found)}")
+        raise change_error(f"{name} to take {wanted.replace(' ', ', ')}", f"{', '.join(found)}")
 
 
 def _check_uses(name: str, function: Any, wanted: list[str]) -> None:
     names = set(_names(function))
     if missing := [each for each in wanted if each not in names]:
-        raise changed(f"{name} to use {', '.join(wanted)}", f"one without {', '.join(missing)}")
+        raise change_error(f"{name} to use {', '.join(wanted)}", f"one without {', '.join(missing)}")
 
 
 def _check_batches() -> None:
     holders = {name for name, each in vars(_find("llama", "Llama")).items() if "_batch" in _names(each)}
     if more := sorted(holders - _HOLD_A_BATCH):
-        raise changed("tokens to enter the cache by Llama.eval alone", f"a batch in Llama.{more[0]} too")
+        raise change_error("tokens to enter the cache by Llama.eval alone", f"a batch in Llama.{more[0]} too")
 
 
 def _names(function: Any) -> Iterator[str]:

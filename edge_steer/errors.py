@@ -5,7 +5,7 @@ from __future__ import annotations
 _SHOWN = 80
 
 
-def shown(value: object, most: int = _SHOWN) -> str:
+def quote(value: object, most: int = _SHOWN) -> str:
     """What a file holds, short enough for a message of one line, whatever it is: at most `most` characters."""
     try:
         text = repr(value[:most] if isinstance(value, str) else value)

@@ -12,7 +12,7 @@ from edge_steer.registry import Entry, HubFile, own_place
 
 
 @contextmanager
-def told_in_one_line(where: str, by_hand: str) -> Iterator[None]:
+def tell_in_one_line(where: str, by_hand: str) -> Iterator[None]:
     """The hub client's errors as SteerErrors. where: what is fetched, from where. by_hand: what else one can do."""
     # The transport's error: httpx's or requests', as the release of huggingface_hub has it.
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def download(wanted: Entry, source: HubFile) -> Path:
 
     by_hand = f"or put the file at {own_place(wanted)}"
     where = f"{source.file} from {source.repo} on the Hugging Face hub"
-    with told_in_one_line(where, by_hand):
+    with tell_in_one_line(where, by_hand):
         path = Path(hf_hub_download(source.repo, source.file, revision=source.revision))
     size = path.stat().st_size
     if wanted.size not in (None, size):

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 
 ALL = "@all"  # no gate: what turns a file's own off
 LONGEST = 1024  # characters of a gate
@@ -63,7 +63,7 @@ class Gate:
         if text.strip() == ALL:
             return None
         if not text.startswith("@") or len(text) > LONGEST:
-            raise SteerError(f"expected a gate such as @response or @after-thinking@first:50, got {shown(text)}")
+            raise SteerError(f"expected a gate such as @response or @after-thinking@first:50, got {quote(text)}")
         gate = cls()
         seen: set[str] = set()
         for part in _CONDITION.split(f"@{text[1:].strip()}"):
@@ -97,13 +97,13 @@ class Gate:
             return replace(self, thinking=inside.get(part, self.thinking), text=self.text or part == "text")
         if kind in ("first", "after", "decay"):
             if not (number.isascii() and number.isdigit() and 0 < int(number[:9]) <= _MOST):
-                raise SteerError(f"expected @{kind}:N with N from 1 to {_MOST} tokens, got @{shown(part)[1:-1]}")
+                raise SteerError(f"expected @{kind}:N with N from 1 to {_MOST} tokens, got @{quote(part)[1:-1]}")
             counts: dict[str, Any] = {kind: int(number[:9])}
             return replace(self, **counts)
         known = [f"@{each}N" if each.endswith(":") else f"@{each}" for each in _WORDS[:-1]]
         near = difflib.get_close_matches(f"@{word}", [each.rstrip("N:") for each in known], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise SteerError(f"expected a condition among {', '.join(known)}, @when NAME>x, got @{shown(part)[1:-1]}{hint}")
+        raise SteerError(f"expected a condition among {', '.join(known)}, @when NAME>x, got @{quote(part)[1:-1]}{hint}")
 
 
 def _when(part: str) -> When:
@@ -113,7 +113,7 @@ def _when(part: str) -> When:
     except ValueError:
         bound = math.nan
     if found is None or not math.isfinite(bound):
-        raise SteerError(f"expected @when NAME>x or @when NAME<x, with :running if you like, got @{shown(part)[1:-1]}")
+        raise SteerError(f"expected @when NAME>x or @when NAME<x, with :running if you like, got @{quote(part)[1:-1]}")
     return When(found["name"], found["sign"] == ">", bound, bool(found["running"]))
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edge_steer.compatibility import changed
+from edge_steer.compatibility import change_error
 from edge_steer.errors import MismatchError
 
 CPU, GPU, INTEGRATED_GPU = range(3)  # enum ggml_backend_dev_type
@@ -83,7 +83,7 @@ _RPC: _Signatures = {
 @cache
 def base() -> ctypes.CDLL:
     """ggml-base: tensors, buffers, graphs, types, with a tensor's layout checked. Raises MismatchError."""
-    lib = _bound(_opened("ggml-base"), _BASE)
+    lib = _bound(_open("ggml-base"), _BASE)
     _check_layout(lib)
     return lib
 
@@ -91,14 +91,14 @@ def base() -> ctypes.CDLL:
 @cache
 def registry() -> ctypes.CDLL:
     """ggml: the devices that this build knows. Raises MismatchError."""
-    return _bound(_opened("ggml"), _REGISTRY)
+    return _bound(_open("ggml"), _REGISTRY)
 
 
 @cache
 def rpc() -> ctypes.CDLL | None:
     """ggml-rpc; None where llama.cpp is built without it."""
     try:
-        lib = _opened("ggml-rpc")
+        lib = _open("ggml-rpc")
     except FileNotFoundError:
         return None
     return _bound(lib, _RPC) if hasattr(lib, "ggml_backend_rpc_add_server") else None
@@ -122,7 +122,7 @@ def local_devices(kind: int) -> list[int]:
     return [device for device in devices if base().ggml_backend_dev_type(device) == kind]
 
 
-def _opened(name: str) -> ctypes.CDLL:
+def _open(name: str) -> ctypes.CDLL:
     """Library `name` through llama.cpp's own handle: functions are found in what llama.cpp links to.
 
     On Windows, where there is one copy of each and no such search, it is the file. FileNotFoundError where that lacks.
@@ -136,7 +136,7 @@ def _opened(name: str) -> ctypes.CDLL:
         return library
     handle = getattr(getattr(bindings, "_lib", None), "_handle", None)
     if handle is None:
-        raise changed("llama_cpp.llama_cpp._lib, its handle of llama.cpp", "none")
+        raise change_error("llama_cpp.llama_cpp._lib, its handle of llama.cpp", "none")
     return ctypes.CDLL(bindings._lib._name, handle=handle)
 
 
@@ -151,7 +151,7 @@ def _function(lib: ctypes.CDLL, name: str) -> Any:
     try:
         return getattr(lib, name)
     except AttributeError:
-        raise changed(f"a ggml with the function {name}", "one without") from None
+        raise change_error(f"a ggml with the function {name}", "one without") from None
 
 
 # --- how a tensor lies in memory --------------------------------------------------------------------------------------
@@ -231,4 +231,4 @@ def _check_layout(lib: ctypes.CDLL) -> None:
 
 
 def _other_layout() -> MismatchError:
-    return changed("ggml's tensors as edge-steer knows them", "a ggml that lays its tensors out in another way")
+    return change_error("ggml's tensors as edge-steer knows them", "a ggml that lays its tensors out in another way")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.gguf_cursor import MAX_KEY_BYTES, U32, U64, Cursor
 from edge_steer.gguf_tensors import TensorInfo, check_extent, read_tensors
 
@@ -121,7 +121,7 @@ def _read(cursor: Cursor, wanted: Callable[[str], bool], hashed: str) -> Gguf:
         start = cursor.at
         key = cursor.string("key", MAX_KEY_BYTES)
         if key in seen:
-            raise cursor.error("key", "every key once", f"{shown(key)} twice", start)
+            raise cursor.error("key", "every key once", f"{quote(key)} twice", start)
         seen.add(key)
         value, digest = _value(cursor, key, wanted(key), key == hashed)
         sha256 = sha256 or digest
@@ -148,7 +148,7 @@ def _kind(cursor: Cursor, number: int, what: str) -> GGUFValueType:
 
 def _value(cursor: Cursor, key: str, keep: bool, hash_it: bool) -> tuple[Value | None, str | None]:
     """The value at the cursor, None where it is passed over, and its hash where asked for."""
-    what = f"value of {shown(key)}"
+    what = f"value of {quote(key)}"
     kind = _kind(cursor, cursor.unpack(U32, what)[0], what)
     if hash_it and kind != GGUFValueType.ARRAY:
         raise cursor.error(what, "an array of strings", kind.name)
@@ -207,6 +207,6 @@ def _alignment(cursor: Cursor, value: Value | None) -> int:
         return 32
     alignment = value.value
     if value.type != GGUFValueType.UINT32 or alignment <= 0 or alignment & (alignment - 1):
-        got = f"{shown(alignment)} ({value.type.name})"
+        got = f"{quote(alignment)} ({value.type.name})"
         raise cursor.error("value of 'general.alignment'", "a power of two (UINT32)", got)
     return int(alignment)

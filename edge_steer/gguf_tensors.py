@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES
 
-from edge_steer.errors import FormatError, shown
+from edge_steer.errors import FormatError, quote
 from edge_steer.gguf_cursor import MAX_KEY_BYTES, U32, Cursor
 
 _MAX_DIMENSIONS = 4
@@ -31,7 +31,7 @@ def read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[TensorInfo
     for _ in range(count):
         start = cursor.at
         name = cursor.string("tensor name", MAX_KEY_BYTES)
-        what = f"tensor {shown(name)}"
+        what = f"tensor {quote(name)}"
         (dimensions,) = cursor.unpack(U32, what)
         if dimensions > _MAX_DIMENSIONS:
             raise cursor.error(what, f"at most {_MAX_DIMENSIONS} dimensions", dimensions)
@@ -67,6 +67,6 @@ def check_extent(cursor: Cursor, tensor: TensorInfo, data_start: int) -> None:
     end = data_start + tensor.offset + (tensor_bytes(tensor) or 0)
     if end > cursor.size:
         raise FormatError(
-            f"{cursor.path}: expected tensor {shown(tensor.name)} to end by byte {cursor.size}, the end of the file, "
+            f"{cursor.path}: expected tensor {quote(tensor.name)} to end by byte {cursor.size}, the end of the file, "
             f"got byte {end}; the file is cut short: fetch it again"
         )

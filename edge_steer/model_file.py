@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_steer.errors import FormatError, shown
+from edge_steer.errors import FormatError, quote
 from edge_steer.gguf_metadata import Value, read_gguf
 from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME, BaseModel
@@ -84,7 +84,7 @@ class ModelFile:
         key = f"{self.architecture}.{what}"
         size = self.metadata.get(key)
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most:
-            raise FormatError(f"{self.path}: expected {key} from 1 to {most}, got {shown(size)}; is this a model?")
+            raise FormatError(f"{self.path}: expected {key} from 1 to {most}, got {quote(size)}; is this a model?")
         return size
 
 
@@ -100,14 +100,14 @@ def read_model(path: str | Path) -> ModelFile:
     if not isinstance(architecture, str) or not architecture:
         raise FormatError(f"{path}: expected a model, got a file without general.architecture; give a model's GGUF")
     if len(architecture) > MAX_NAME or re.search(CONTROL_CHARACTERS, architecture):
-        raise FormatError(f"{path}: expected a name as general.architecture, got {shown(architecture)}")
+        raise FormatError(f"{path}: expected a name as general.architecture, got {quote(architecture)}")
     if architecture == "edge-steer":
         raise FormatError(f"{path}: expected a model, got a steering file; give it with -s and a model with -m")
     if kind != "model":
-        raise FormatError(f"{path}: expected a model, got a file of general.type {shown(kind)}; give a model's GGUF")
+        raise FormatError(f"{path}: expected a model, got a file of general.type {quote(kind)}; give a model's GGUF")
     parts, part = metadata.get("split.count", 1), metadata.get("split.no", 0)
     if isinstance(parts, int) and parts > 1:
-        number = part + 1 if isinstance(part, int) else shown(part)
+        number = part + 1 if isinstance(part, int) else quote(part)
         raise FormatError(
             f"{path}: expected a model in one file, got part {number} of {parts}; "
             "join them with llama-gguf-split --merge"

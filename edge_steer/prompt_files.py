@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.prompts import PROMPT_KEYS, Probe, Prompt, PromptSet
 
 LONGEST_LINE = 100_000  # characters
@@ -35,7 +35,7 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     prompts = []
     for number, record in read(path):
         _check_keys(path, number, record)
-        prompts.append(replace(_made(Prompt, path, number, record), origin=f"{path}:{number}"))
+        prompts.append(replace(_make(Prompt, path, number, record), origin=f"{path}:{number}"))
     if not prompts:
         raise FormatError(f"{path}: expected prompts, got none; write at least one")
     return tuple(prompts)
@@ -47,7 +47,7 @@ def read_probes(path: str | Path) -> tuple[Probe, ...]:
     Raises SteerError if there is no such file, FormatError with file and line where it holds anything else.
     """
     path = Path(path)
-    found = tuple(_made(Probe, path, number, record) for number, record in _jsonl_records(path))
+    found = tuple(_make(Probe, path, number, record) for number, record in _jsonl_records(path))
     if not found:
         raise FormatError(f"{path}: expected probes, got none; write at least one")
     return found
@@ -63,18 +63,18 @@ def prompt_set(positive_path: str | Path, negative_path: str | Path, name: str) 
 def _check_keys(path: Path, number: int, keys: Iterable[str]) -> None:
     unknown = [key for key in keys if key not in PROMPT_KEYS]
     if unknown:
-        names = ", ".join(map(shown, unknown[:5]))
+        names = ", ".join(map(quote, unknown[:5]))
         raise FormatError(f"{path}:{number}: expected the keys {', '.join(PROMPT_KEYS)}, got {names}; remove it")
 
 
-def _made(kind: Callable[..., Any], path: Path, number: int, record: Mapping[str, object]) -> Any:
+def _make(kind: Callable[..., Any], path: Path, number: int, record: Mapping[str, object]) -> Any:
     """kind(**record), its errors told with file and line."""
     try:
         return kind(**{"prompt": None, **record})
     except FormatError as error:
         raise FormatError(f"{path}:{number}: {error}") from None
     except TypeError:
-        got = ", ".join(map(shown, record))
+        got = ", ".join(map(quote, record))
         raise FormatError(f"{path}:{number}: expected the keys prompt, positive, negative, got {got}") from None
 
 
@@ -132,7 +132,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "out of bounds"
             raise FormatError(f"{path}:{number}: expected a JSON object, got invalid JSON ({reason})") from None
         if not isinstance(record, dict):
-            raise FormatError(f"{path}:{number}: expected a JSON object, got {shown(record)}")
+            raise FormatError(f"{path}:{number}: expected a JSON object, got {quote(record)}")
         yield number, record
 
 
@@ -141,7 +141,7 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise FormatError(f"expected every key once, got {shown(twice)} twice; remove one")
+        raise FormatError(f"expected every key once, got {quote(twice)} twice; remove one")
     return record
 
 
@@ -161,10 +161,10 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if header is None:
             header = [cell.strip() for cell in row]
             if "prompt" not in header:
-                raise FormatError(f"{path}:{number}: expected a header with a prompt column, got {shown(header)}")
+                raise FormatError(f"{path}:{number}: expected a header with a prompt column, got {quote(header)}")
             _check_keys(path, number, header)
             if len(set(header)) < len(header):
-                raise FormatError(f"{path}:{number}: expected every column once, got {shown(header)}")
+                raise FormatError(f"{path}:{number}: expected every column once, got {quote(header)}")
         elif len(row) > len(header):
             raise FormatError(
                 f"{path}:{number}: expected at most {len(header)} cells, got {len(row)}; quote text with commas"

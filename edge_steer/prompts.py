@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 
 PROMPT_KEYS = ("prompt", "system", "prefix")
 _LOPSIDED = 10  # times as many prompts on one side as on the other
@@ -20,13 +20,13 @@ _INVISIBLE = re.compile(
 def check_text(what: str, value: object) -> None:
     """Raise FormatError where `value` is no text that says something."""
     if not isinstance(value, str):
-        raise FormatError(f"expected text as {what}, got {shown(value)}; write it as a string")
+        raise FormatError(f"expected text as {what}, got {quote(value)}; write it as a string")
     if not value.strip():
         raise FormatError(f"expected text as {what}, got a blank; write some or leave it out")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise FormatError(f"expected Unicode text as {what}, got half of a surrogate pair: {shown(value)}") from None
+        raise FormatError(f"expected Unicode text as {what}, got half of a surrogate pair: {quote(value)}") from None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PromptSet:
                 f"{len(self.positive)} positive prompts against {len(self.negative)}: give about as many of each"
             )
         if both := set(self.positive) & set(self.negative):
-            some = shown(min(each.prompt for each in both))
+            some = quote(min(each.prompt for each in both))
             found.append(f"{len(both)} prompts are on both sides (such as {some}), where they cancel out")
         return found
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -50,7 +50,7 @@ class Tensor:
         """Its values among the bytes of its file. Raises FormatError for a type that is no plain float."""
         if self.type not in _FLOATS:
             raise FormatError(
-                f"{self.path}: expected {shown(self.name)} as one of {', '.join(_FLOATS)}, got {shown(self.type)}; "
+                f"{self.path}: expected {quote(self.name)} as one of {', '.join(_FLOATS)}, got {quote(self.type)}; "
                 "give a checkpoint that is not quantized"
             )
         values: NDArray[Any] = data[self.start : self.stop].view(_FLOATS[self.type]).reshape(self.shape)
@@ -71,37 +71,37 @@ def read_safetensors(path: Path) -> list[Tensor]:
         with path.open("rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size).ljust(_LENGTH.size, b"\0"))
             if not 0 < length <= size - _LENGTH.size:
-                raise _refused(path, f"a header of {length} bytes in {size}; the file is cut short")
+                raise _refusal(path, f"a header of {length} bytes in {size}; the file is cut short")
             if length > _LARGEST_HEADER:
-                raise _refused(path, f"a header of {length} bytes, the most is {_LARGEST_HEADER}")
+                raise _refusal(path, f"a header of {length} bytes, the most is {_LARGEST_HEADER}")
             header = file.read(length)
     except OSError as error:
         raise SteerError(f"cannot read {path}: {error.strerror or error}; check the path") from None
     try:
         entries = json.loads(header.decode())
     except (ValueError, RecursionError) as error:
-        raise _refused(path, f"a header that is no JSON ({shown(str(error))})") from None
+        raise _refusal(path, f"a header that is no JSON ({quote(str(error))})") from None
     if not isinstance(entries, dict):
-        raise _refused(path, f"{shown(entries)} as its header")
+        raise _refusal(path, f"{quote(entries)} as its header")
     _check_notes(path, entries.pop("__metadata__", {}))
     begin = end = _LENGTH.size + length
     tensors = [_tensor(path, name, entry, begin) for name, entry in entries.items()]
     for tensor in sorted(tensors, key=lambda each: (each.start, each.stop)):
         if tensor.start != end:
-            raise _refused(path, f"{shown(tensor.name)} at byte {tensor.start}, where {end} is the next that is free")
+            raise _refusal(path, f"{quote(tensor.name)} at byte {tensor.start}, where {end} is the next that is free")
         end = tensor.stop
     if end != size:
-        raise _refused(path, f"tensors up to byte {end} of {size}")
+        raise _refusal(path, f"tensors up to byte {end} of {size}")
     return tensors
 
 
-def _refused(path: Path, got: str) -> FormatError:
+def _refusal(path: Path, got: str) -> FormatError:
     return FormatError(f"{path}: expected a safetensors file, got {got}; fetch it again")
 
 
 def _check_notes(path: Path, notes: Any) -> None:
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
-        raise _refused(path, f"{shown(notes)} as its __metadata__")
+        raise _refusal(path, f"{quote(notes)} as its __metadata__")
 
 
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> Tensor:
@@ -110,12 +110,12 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> Tensor:
         case {"dtype": str(kind), "shape": [*shape], "data_offsets": [first, last]}:
             pass
         case _:
-            raise _refused(path, f"{shown(entry)} as the description of {shown(name)}")
+            raise _refusal(path, f"{quote(entry)} as the description of {quote(name)}")
     if len(shape) > _MOST_AXES or not all(map(_is_size, [*shape, first, last])):
-        raise _refused(path, f"{shown(name)} of shape {shown(shape)} at {shown([first, last])}")
+        raise _refusal(path, f"{quote(name)} of shape {quote(shape)} at {quote([first, last])}")
     held = last - first
     if held < 0 or (kind in _BYTES and math.prod(shape) * _BYTES[kind] != held):
-        raise _refused(path, f"{shown(name)} of shape {shown(shape)} and type {kind} in {held} bytes")
+        raise _refusal(path, f"{quote(name)} of shape {quote(shape)} and type {kind} in {held} bytes")
     return Tensor(name, path, kind, tuple(shape), begin + first, begin + last)
 
 

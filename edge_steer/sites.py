@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 
 # Kinds of site in the order in which a token meets them within one block.
 KINDS = ("attn_norm", "attn_norm_2", "attn_post_norm", "ffn_norm", "ffn_post_norm", "layer_out", "output_norm")
@@ -45,7 +45,7 @@ class Site:
         """The site called `name`. Raises SteerError for anything that is not `blk.N.KIND`."""
         match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.([a-z0-9_]+)", name)
         if match is None or match[2] not in KINDS:
-            raise SteerError(f"expected a site like blk.20.attn_norm (kinds: {', '.join(KINDS)}), got {shown(name)}")
+            raise SteerError(f"expected a site like blk.20.attn_norm (kinds: {', '.join(KINDS)}), got {quote(name)}")
         return cls(int(match[1]), match[2])
 
 

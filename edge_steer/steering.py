@@ -22,7 +22,7 @@ from edge_steer.choices import OPERATORS as OPERATORS
 from edge_steer.choices import PLANES as PLANES
 from edge_steer.choices import Operator as Operator
 from edge_steer.choices import Plane as Plane
-from edge_steer.errors import FormatError, MismatchError, SteerError, shown
+from edge_steer.errors import FormatError, MismatchError, SteerError, quote
 from edge_steer.gguf_metadata import Value
 from edge_steer.provenance import BaseModel, Made
 from edge_steer.rotation import Ablate, Action, Add, TurnBy, TurnTo
@@ -200,7 +200,7 @@ class Steering:
         """The one steering in the GGUF file `path`. Raises FormatError if it holds none or several."""
         found = cls.load_all(path)
         if len(found) != 1:
-            names = ", ".join(shown(steering.name) for steering in found[:5])
+            names = ", ".join(quote(steering.name) for steering in found[:5])
             raise FormatError(f"{path}: expected one steering, found {len(found)} ({names}); use Steering.load_all")
         return found[0]
 
@@ -218,7 +218,7 @@ class Steering:
                 raise FormatError(f"{path}: {error}") from None
         name, times = Counter(steering.name for steering in found).most_common(1)[0]
         if times > 1:
-            raise FormatError(f"{path}: expected steerings of different names, got {shown(name)} {times} times")
+            raise FormatError(f"{path}: expected steerings of different names, got {quote(name)} {times} times")
         return found
 
     def save(self, path: str | Path, *, force: bool = False) -> None:

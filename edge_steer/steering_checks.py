@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer.choices import OPERATORS, PLANES, RANK
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.gate import Gate
 from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME
 from edge_steer.sites import KINDS
@@ -30,7 +30,7 @@ _OFF_ORTHONORMAL = 1e-4
 def demand(steering: Steering, truth: bool, expected: str, got: object) -> None:
     """Raise FormatError, naming the steering, where `truth` is none."""
     if not truth:
-        raise FormatError(f"steering {shown(steering.name)}: expected {expected}, got {got}")
+        raise FormatError(f"steering {quote(steering.name)}: expected {expected}, got {got}")
 
 
 def frozen(
@@ -52,8 +52,8 @@ def check(steering: Steering) -> None:
     _check_texts(steering)
     _check_numbers(steering)
     demand(steering, steering.operator in OPERATORS, f"an operator among {', '.join(OPERATORS)}",
-           shown(steering.operator))  # fmt: skip
-    demand(steering, steering.plane in PLANES, f"a plane among {', '.join(PLANES)}", shown(steering.plane))
+           quote(steering.operator))  # fmt: skip
+    demand(steering, steering.plane in PLANES, f"a plane among {', '.join(PLANES)}", quote(steering.plane))
     _check_sites(steering)
     _check_planes(steering)
     _check_measures(steering)
@@ -69,14 +69,14 @@ def _texts(steering: Steering) -> list[tuple[str, str]]:
 def _check_texts(steering: Steering) -> None:
     for name, text in _texts(steering):
         found = re.search(CONTROL_CHARACTERS, text.replace("\n", "") if name == "description" else text)
-        demand(steering, found is None, f"{name} without control characters", shown(text))
+        demand(steering, found is None, f"{name} without control characters", quote(text))
     length = len(steering.name)
     demand(steering, 0 < length <= MAX_NAME, f"a name of 1 to {MAX_NAME} characters", f"{length}")
     try:
         parsed = Gate.parse(steering.gate) if steering.gate else None
     except SteerError as error:
-        raise FormatError(f"steering {shown(steering.name)}: {error}") from None
-    demand(steering, not steering.gate or parsed is not None, "a gate, or none for always", shown(steering.gate))
+        raise FormatError(f"steering {quote(steering.name)}: {error}") from None
+    demand(steering, not steering.gate or parsed is not None, "a gate, or none for always", quote(steering.gate))
     demand(steering, bool(steering.base.architecture), "the architecture it is for", "none")
     for name in ("architecture", "name"):
         length = len(getattr(steering.base, name))

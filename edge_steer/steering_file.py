@@ -71,10 +71,10 @@ def read(path: Path) -> list[Fields]:
     values = read_gguf(path, lambda key: key.startswith("steering.")).values
     if not holds_steerings(values):
         raise FormatError(f"{path}: holds no steering; give a file made by `edge-steer calibrate`")
-    version = _typed(path, values, _VERSION_KEY, _U32)
+    version = _take(path, values, _VERSION_KEY, _U32)
     if version != VERSION:
         raise FormatError(f"{path}: expected {_VERSION_KEY} {VERSION}, got {version}; update edge-steer")
-    count = _typed(path, values, "steering.count", _U32)
+    count = _take(path, values, "steering.count", _U32)
     if count == 0:
         raise FormatError(f"{path}: expected steering.count of at least 1, got 0")
     base = _section(path, values, "steering.base.", _BASE, _BASE_REQUIRED)
@@ -100,7 +100,7 @@ def _describe(kind: Kind) -> str:
     return f"array of {kind[1].name}" if kind[1] is not None else kind[0].name
 
 
-def _typed(path: Path, values: Mapping[str, Value], key: str, kind: Kind) -> Any:
+def _take(path: Path, values: Mapping[str, Value], key: str, kind: Kind) -> Any:
     value = values.get(key)
     if value is None:
         raise FormatError(f"{path}: expected the key {key} ({_describe(kind)}), found none")
@@ -113,7 +113,7 @@ def _section(
     path: Path, values: Mapping[str, Value], prefix: str, kinds: Mapping[str, Kind], required: Collection[str] = ()
 ) -> Fields:
     return {
-        name: _typed(path, values, prefix + name, kind)
+        name: _take(path, values, prefix + name, kind)
         for name, kind in kinds.items()
         if name in required or prefix + name in values
     }

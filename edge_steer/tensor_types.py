@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from edge_steer import ggml
-from edge_steer.compatibility import changed
+from edge_steer.compatibility import change_error
 from edge_steer.errors import SteerError
 
 Bytes = NDArray[np.uint8]
@@ -92,5 +92,5 @@ def _traits(kind: int) -> ggml.TypeTraits:
     # Its fields must be where this release knows them.
     found = (traits.blck_size, traits.type_size) if traits.to_float else "none that can be read"
     if found != _SIZES[kind]:
-        raise changed(f"{type_name(kind)} in blocks of {_SIZES[kind]} values and bytes", str(found))
+        raise change_error(f"{type_name(kind)} in blocks of {_SIZES[kind]} values and bytes", str(found))
     return traits

@@ -25,11 +25,12 @@ POLICY = {"Content-Security-Policy": "default-src 'self'"}
 HAPPY = {
     "name": "happy", "description": "Cheerful and hopeful answers against gloomy ones.", "negative_name": "gloomy",
     "positive_name": "cheerful", "unit": "degrees", "operator": "selective", "default": 4.1, "file_default": 4.1,
-    "min": -8.2, "max": 8.2, "provisional": True,
+    "min": -8.2, "max": 8.2, "provisional": True, "readable": True,
 }  # fmt: skip
 FORMAL = {
     **HAPPY, "name": "formal", "description": "Formal wording against casual.", "negative_name": "casual",
     "positive_name": "formal", "default": None, "file_default": 3.0, "min": -6.0, "max": 5.0, "provisional": False,
+    "readable": False,
 }  # fmt: skip
 
 Dials = dict[str, "float | None"]
@@ -43,6 +44,7 @@ class Knobs:
     words: int = 12
     pause: float = 0.04
     text: str = ""  # said as it is, word by word, in place of words that name the dial
+    readings: tuple[float, ...] = (-1.2, 0.1, 0.9)  # of happy, one a word in turn, where a request reads
     key: str = ""
     full: int = 0  # so many requests yet are answered by 503
     break_after: int | None = None  # words, then an error in the stream
@@ -100,7 +102,9 @@ def make_app(knobs: Knobs, running: dict[str, Dials]) -> FastAPI:
         knobs.requests.append(body)
         answer = f"chatcmpl-{len(knobs.requests)}"
         running[answer] = dict(body["steering"])
-        return StreamingResponse(stream(knobs, running, answer), media_type="text/event-stream")
+        return StreamingResponse(
+            stream(knobs, running, answer, read=body.get("read", False)), media_type="text/event-stream"
+        )
 
     @app.get("/")
     async def index() -> Response:
@@ -110,10 +114,10 @@ def make_app(knobs: Knobs, running: dict[str, Dials]) -> FastAPI:
     return app
 
 
-async def stream(knobs: Knobs, running: dict[str, Dials], answer: str) -> AsyncIterator[str]:
-    def event(delta: dict[str, str], finish: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({'id': answer, 'choices': [choice], 'steering': running[answer], **more})}\n\n"
+async def stream(knobs: Knobs, running: dict[str, Dials], answer: str, *, read: bool) -> AsyncIterator[str]:
+    def event(delta: dict[str, str], finish: str | None = None, **of_choice: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, **of_choice}
+        return f"data: {json.dumps({'id': answer, 'choices': [choice], 'steering': running[answer]})}\n\n"
 
     try:
         yield event({"role": "assistant", "content": ""})
@@ -124,7 +128,8 @@ async def stream(knobs: Knobs, running: dict[str, Dials], answer: str) -> AsyncI
             if said == knobs.break_after:
                 yield f"data: {json.dumps({'error': {'message': 'the device ran out of memory'}})}\n\n"
                 break
-            yield event({"content": " " * (said > 0) + (word or named(running[answer]))})
+            found = {"readings": {"happy": knobs.readings[said % len(knobs.readings)]}} if read else {}
+            yield event({"content": " " * (said > 0) + (word or named(running[answer]))}, **found)
         else:
             yield event({}, "stop")
             yield f"data: {json.dumps({'id': answer, 'choices': [], 'usage': {'completion_tokens': len(words)}})}\n\n"

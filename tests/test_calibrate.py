@@ -12,7 +12,7 @@ import pytest
 
 from edge_steer._version import __version__
 from edge_steer.calibration import calibrate as calibrate_some
-from edge_steer.calibration.steering import filter_sites, passes
+from edge_steer.calibration.classes import filter_sites, passes
 from edge_steer.calibration.sums import ClassSums, Step
 from edge_steer.errors import SteerError
 from edge_steer.prompts import Prompt, PromptSet

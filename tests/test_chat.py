@@ -248,6 +248,7 @@ def test_save_writes_the_conversation_once(llm: SteeredLlama, tmp_path: Path) ->
     assert json.loads(file.read_text("utf-8")) == {
         "model": "llama.gguf",
         "angles": {"happy": 20.0, "formal": None},
+        "gates": {"happy": None, "formal": None},
         "scope": "all",
         "messages": chat.messages(),
     }

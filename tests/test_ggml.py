@@ -87,7 +87,7 @@ def test_ggml_s_functions_are_bound_by_name() -> None:
     assert {name: getattr(bound, name) for name in names} == ggml.addresses(names)
 
 
-REPORTED = native._reported(native.library())
+REPORTED = native._read_layouts(native.library())
 
 
 @pytest.mark.parametrize("name", sorted(REPORTED))

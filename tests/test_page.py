@@ -321,6 +321,44 @@ def test_other_steerings_after_a_quick_restart_are_found_by_the_first_refusal(pa
     expect(page.locator(".text")).to_contain_text("sunny4.1")
 
 
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_coloured_by_what_was_read_of_them(page: Page, knobs: Knobs) -> None:
+    knobs.text = "gloom then *cheer* again gloom"
+    expect(page.locator(".read-button")).to_have_count(1)  # the other steering has no class means
+    answered(page)
+    button = page.get_by_role("button", name="Colour words by happy")
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    answer = answered(page)
+    assert [request.get("read", False) for request in knobs.requests] == [False, True]
+    words = answer.locator(".read")
+    expect(words).to_have_text(["gloom", "then", "cheer", "again", "gloom"])
+    tones = [each.get_attribute("data-tone") for each in words.all()]
+    assert tones == ["cool", "none", "warm", "cool", "none"]
+    assert words.first.get_attribute("title") == "happy −1.2"
+    expect(answer.locator("em .read")).to_have_text("cheer")
+    expect(answer.locator(".facts")).to_contain_text("reads happy −0.26")
+    page.reload()
+    expect(page.locator(".read")).to_have_count(5)
+    button.click()
+    expect(page.locator(".read")).to_have_count(0)
+    expect(page.locator(".facts").last).not_to_contain_text("reads")
+
+
+def test_coloured_words_keep_the_marks_of_a_dial_that_moved(page: Page, knobs: Knobs) -> None:
+    knobs.words = LONG
+    page.get_by_role("button", name="Colour words by happy").click()
+    ask(page, "Hello")
+    expect(page.locator(".text")).to_contain_text("happy4.1 happy4.1")
+    turn(page, "happy", -2)
+    expect(page.locator(".text")).to_contain_text("happy-2")
+    stop(page)
+    expect(page.locator(".moved")).to_contain_text("−2°")
+    expect(page.locator(".said")).to_have_count(0)
+
+
 # --- the text is not trusted ---------------------------------------------------------------------------------------
 
 

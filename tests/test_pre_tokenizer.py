@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge_steer.converters.pre_tokenizer import named, recognise
+from edge_steer.converters.pre_tokenizer import choose, recognise
 from edge_steer.errors import SteerError
 
 LLAMA3 = (
@@ -63,8 +63,8 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 )  # fmt: skip
 def test_a_family_s_pre_tokenizer_has_its_name(name: str, described: dict[str, Any]) -> None:
     assert recognise(described) == name
-    assert named(described, None) == (name, None)
-    assert named(described, name) == (name, None)
+    assert choose(described, None) == (name, None)
+    assert choose(described, name) == (name, None)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_a_family_s_pre_tokenizer_has_its_name(name: str, described: dict[str, A
 def test_what_is_not_in_the_table_has_no_name(described: dict[str, Any]) -> None:
     assert recognise(described) is None
     with pytest.raises(SteerError, match="--pre NAME"):
-        named(described, None)
-    assert named(described, "command-r") == ("command-r", None)
+        choose(described, None)
+    assert choose(described, "command-r") == ("command-r", None)
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])
 def test_another_name_for_a_known_one_brings_the_section_that_it_stands_for(name: str) -> None:
     described = tokenizer(byte_level()) if name != "gpt-2" else tokenizer(DIGITS, byte_level())
-    found, section = named(described, name)
+    found, section = choose(described, name)
     assert found == name
     assert section is not None
     whole_words = name in ("llama-bpe", "tekken")
     assert recognise({"pre_tokenizer": section, "model": {"ignore_merges": whole_words}}) == name
-    assert named(described, "falcon") == ("falcon", None)
+    assert choose(described, "falcon") == ("falcon", None)

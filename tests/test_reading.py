@@ -150,12 +150,12 @@ def test_tokens_evaluated_while_nobody_reads_are_evaluated_again_to_be_read(mode
     llm.eval(PROMPT[:10])
     with llm.token_readings.of(["happy"]):
         llm.eval(PROMPT[10:])
-    assert llm.token_readings.known(["happy"], len(PROMPT)) == 0
+    assert llm.token_readings.count_known(["happy"], len(PROMPT)) == 0
     assert np.isnan(llm.token_readings.at("happy", 9))
     assert close(model, llm.token_readings.first("happy", len(PROMPT))[10:], expected[10:])
     assert close(model, llm.read(PROMPT)["happy"], expected)
     llm.load_state(llm.save_state())
-    assert llm.token_readings.known(["happy"], len(PROMPT)) == 0
+    assert llm.token_readings.count_known(["happy"], len(PROMPT)) == 0
     assert close(model, llm.read(PROMPT)["happy"], expected)
 
 

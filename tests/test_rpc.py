@@ -26,6 +26,7 @@ pytest.importorskip("transformers")
 import tiny
 from devices import EXACT, TOLERANCE, logits_by_batch, open_forced, steerings_for
 from planted import DIAL
+from ports import free_port
 
 from edge_steer import MismatchError, SteeredLlama, SteerError
 from edge_steer.choices import OPERATORS, Operator
@@ -39,12 +40,6 @@ needs_rpc = pytest.mark.skipif(
     not llama_cpp.llama_supports_rpc(),
     reason="llama-cpp-python is built without RPC: devices other than the CPU are NOT tested; see docs/devices.md",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextmanager

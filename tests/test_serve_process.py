@@ -23,6 +23,7 @@ import numpy as np
 import tiny
 import uvicorn
 from command import PROGRAM, process
+from ports import free_port
 from serving import HELLO, chunks, fresh_answer, joined, open_llm, server_at, serving
 
 from edge_steer.runtime.answer import Sampling, stream_pieces
@@ -172,12 +173,6 @@ def test_ctrl_c_ends_it_without_a_word(model: Path, tmp_path: Path) -> None:
         running.send_signal(signal.SIGINT)
         assert running.wait(20) in (0, 130)
         assert "Traceback" not in running.stderr.read()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_what_cannot_be_served_is_one_line(model: Path) -> None:

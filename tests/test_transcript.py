@@ -48,7 +48,23 @@ def test_a_resumed_chat_goes_on_as_one_that_never_ended(model: Path, tmp_path: P
     chat("-s", f"{happy}:5", "--system", "Be kind.", "--resume", saved, lines=[f"/save {other}"])
     record = json.loads(other.read_text("utf-8"))
     assert record["angles"] == {"happy": 5}
+    assert record["gates"] == {"happy": None}
     assert record["messages"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_a_conversation_goes_on_under_its_gates(model: Path, tmp_path: Path) -> None:
+    happy, saved, again = (tmp_path / name for name in ("happy.gguf", "a.json", "b.json"))
+    steering_for(model, name="happy").with_(angle=5.0).save(happy)
+    common = ("-m", model, "--max-tokens", 8, "--ctx", 256, *ONE_THREAD)
+    for options, file in (
+        (("-s", f"{happy}:20@first:3"), saved),
+        (("-s", happy, "--resume", saved), again),
+        (("-s", f"{happy}@after:2", "--resume", saved), tmp_path / "c.json"),
+    ):
+        found = process("chat", *common, *options, input=f"Hello\n/save {file}\n".encode())
+        assert found.returncode == 0, found.stderr
+    gates = [json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["gates"]["happy"] for name in "abc"]
+    assert gates == ["@first:3", "@first:3", "@after:2"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +77,8 @@ def test_a_resumed_chat_goes_on_as_one_that_never_ended(model: Path, tmp_path: P
         ('{"messages": [{"role": "user", "content": 3}]}', "expected messages"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "in turn"),
         ('{"messages": [], "angles": {"happy": "8"}}', "angles by name"),
+        ('{"messages": [], "gates": {"happy": 8}}', "gates by name"),
+        ('{"messages": [], "gates": {"happy": "@never"}}', "@never"),
     ],
 )
 def test_what_is_no_conversation_is_refused_in_one_line(text: str, said: str, tmp_path: Path) -> None:

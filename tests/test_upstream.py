@@ -16,8 +16,9 @@ pytest.importorskip("fastapi")
 
 from command import PROGRAM, process, run
 from planted import random_steering
+from ports import free_port
 from serving import chunks
-from upstreams import BASE, FORMAL, HAPPY, NO_REFUSAL, PAIR, Fake, exported, free_port, in_front_of, listening
+from upstreams import BASE, FORMAL, HAPPY, NO_REFUSAL, PAIR, Fake, exported, in_front_of, listening
 
 from edge_steer import SteerError
 from edge_steer.choices import Operator

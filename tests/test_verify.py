@@ -25,7 +25,7 @@ from edge_steer.architectures import architecture
 from edge_steer.choices import OPERATORS, Operator
 from edge_steer.errors import MismatchError, NoEffectError, SteerError
 from edge_steer.model_file import read_model
-from edge_steer.runtime.torch_hooks import steered
+from edge_steer.runtime.torch_hooks import steer
 from edge_steer.verify import engine_runs
 from edge_steer.verify.comparison import TOLERANCES, Distance, measure_distance
 from edge_steer.verify.verification import Verification, verify
@@ -151,10 +151,10 @@ def wrong_bake(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrong_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def double(model: Any, on: Any) -> Iterator[None]:
-        with steered(model, twice(on)):
+        with steer(model, twice(on)):
             yield
 
-    monkeypatch.setattr(engine_runs, "steered", double)
+    monkeypatch.setattr(engine_runs, "steer", double)
 
 
 def wrong_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +271,9 @@ def test_torch_hooks_are_the_reference_s_logits_and_leave_nothing_behind(
             return np.asarray(model(torch.tensor([TOKENS])).logits[0])
 
     before = logits()
-    with steered(model, [*on, (steering_for(made.gguf_path, name="off"), None)]):
+    with steer(model, [*on, (steering_for(made.gguf_path, name="off"), None)]):
         np.testing.assert_array_equal(logits(), tiny.torch_logits(made.hf_dir, TOKENS, on))
     assert (logits() == before).all()
     assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(MismatchError), steered(model, [(steering_for(tinies["gemma3"].gguf_path), 8.0)]):
+    with pytest.raises(MismatchError), steer(model, [(steering_for(tinies["gemma3"].gguf_path), 8.0)]):
         pass

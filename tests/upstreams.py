@@ -134,13 +134,6 @@ class Fake:
             raise
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
 @contextmanager
 def listening(app: ASGIApp) -> Iterator[str]:
     """The address of an application that listens."""

@@ -30,13 +30,13 @@ class NativeRecorder:
         self.base = file.base
         self._llm = SteeredLlama(model_path, steering=(), **llama)
         self._at = [number for number, site in enumerate(self._llm.hook_sites) if site.kind in kinds]
-        there = self._reached()
+        there = self._reached_sites()
         # Not every architecture names the stream or the norm before the head; then neither is a choice.
         self._at = [at for at in self._at if there[at] or self._llm.hook_sites[at].kind not in OUTER_KINDS]
         self.sites = tuple(self._llm.hook_sites[number] for number in self._at)
         self.uses_plain_template = self._llm.chat_template.is_plain
 
-    def _reached(self) -> list[bool]:
+    def _reached_sites(self) -> list[bool]:
         """Which of all sites the model's graph has, from one token."""
         record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
         self._llm.observe([max(self._llm.token_bos(), 0)], record)

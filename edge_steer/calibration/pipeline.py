@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from edge_steer.calibration.cached_recorder import CachedRecorder
+from edge_steer.calibration.classes import passes
 from edge_steer.calibration.dial import find_dial, has_range, with_provisional_range
 from edge_steer.calibration.engines import CalibrationEngine
 from edge_steer.calibration.site_choice import (
@@ -17,7 +18,7 @@ from edge_steer.calibration.site_choice import (
     format_table,
     measurement_count,
 )
-from edge_steer.calibration.steering import calibrate, passes
+from edge_steer.calibration.steering import calibrate
 from edge_steer.calibration.sums import Recorder
 from edge_steer.chat_template import PLAIN_TEMPLATE_NOTE
 from edge_steer.choices import Mask, Operator, Plane

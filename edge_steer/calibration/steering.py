@@ -1,6 +1,6 @@
 """Calibration: contrasting prompts → recorded sums → directions → planes and mask → a Steering.
 
-Letters: S sites recorded, T of them kept, d model width.
+Letters: T sites kept, d model width.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_steer._version import __version__
-from edge_steer.architectures import ARCHITECTURES
-from edge_steer.calibration.directions import SMALLEST, axes_at, compute_directions, project_out, sink_axis
+from edge_steer.calibration.classes import Classes, filter_sites, record_classes, spares_sink
+from edge_steer.calibration.directions import SMALLEST
 from edge_steer.calibration.planes import (
     best_direction,
     class_angles,
@@ -30,24 +30,14 @@ from edge_steer.calibration.sums import ClassSums, Float64, Recorder, Step
 from edge_steer.choices import MASKS, OPERATORS, PLANES, RANK, Mask, Operator, Plane
 from edge_steer.errors import SteerError
 from edge_steer.provenance import Made
-from edge_steer.sites import OUTER_KINDS, Site
 from edge_steer.steering import Steering
 
 if TYPE_CHECKING:
-    from edge_steer.prompts import Prompt, PromptSet
-
-# Prompts a class from which a direction is made that is only projected out.
-AXIS_PROMPTS = 32
+    from edge_steer.prompts import PromptSet
 
 
 def _silent(_: object) -> None:
     """Neither progress nor notes."""
-
-
-def passes(prompts: PromptSet, orthogonal_to: Sequence[PromptSet | Steering] = ()) -> int:
-    """How many prompts `calibrate` runs in all: what its `step` calls add up to."""
-    axes = [each.first(AXIS_PROMPTS) for each in orthogonal_to if not isinstance(each, Steering)]
-    return sum(len(each.positive) + len(each.negative) for each in (prompts, *axes))
 
 
 def calibrate(
@@ -78,9 +68,7 @@ def calibrate(
     note: called with a line for each site that is left out.
     Raises SteerError if there is nothing to turn: no prompts, equal classes, no plane, an empty mask.
     """
-    for what, value, known in (("operator", operator, OPERATORS), ("plane", plane, PLANES), ("mask", mask, MASKS)):
-        if value not in known and not (what == "mask" and value is None):
-            raise SteerError(f"expected {what} among {', '.join(known)}, got {value!r}")
+    _check_choices(operator, plane, mask)
     for side, given in (("positive", prompts.positive), ("negative", prompts.negative)):
         if not given:
             raise SteerError(f"expected at least one {side} prompt, got none")
@@ -89,70 +77,91 @@ def calibrate(
 
     of_kind, chosen = filter_sites(recorder, plane, kinds, layers)
     recorded = tuple(recorder.sites[number] for number in of_kind)
-    positive, negative = (class_sums(recorder, each, step).at(of_kind) for each in (prompts.positive, prompts.negative))
-    found = compute_directions(recorded, positive, negative)
-    kept, unit = found.kept, found.unit
-    for number in sorted(set(range(len(recorded))) - set(kept.tolist())):
-        note(f"{recorded[number]} is left out: both classes have the same mean activation there")
-    sites = tuple(recorded[number] for number in kept)
-    axes = [_axis(recorder, each, of_kind[kept], sites, step) for each in orthogonal_to]
-    sink = sink_axis(positive.at(kept), negative.at(kept)) if spares_sink(operator, plane, sites) else None
-    if sink is not None:
-        axes.append(sink)
-    if axes:
-        unit, apart = project_out(unit, axes)
-        kept = kept[apart]
-        sink = None if sink is None else sink[apart]
-    inside = np.isin(of_kind[kept], chosen)
-    if not inside.any():
+    spare = spares_sink(operator, plane, recorded[0])
+    classes = record_classes(
+        recorder, prompts, of_kind, orthogonal_to=orthogonal_to, spare_sink=spare, step=step, note=note
+    )
+    wanted = np.isin(classes.numbers, chosen)
+    if not wanted.any():
         raise SteerError("expected a site with a direction in these layers, got none; use other prompts or layers")
 
-    mean = ((positive.mean + negative.mean) / 2)[kept]
-    if sink is not None:
-        mean = mean - (mean * sink).sum(-1, keepdims=True) * sink
-    angles = class_angles(positive.at(kept), negative.at(kept))
-    sites = tuple(recorded[number] for number in kept)
-    if plane == "shared":
-        at = reference_site(sites, recorder.base.block_count)
-        basis = local_planes(unit[[at]], mean[[at]])[0] if RANK[operator] == 2 else unit[[at]][:, None, :]
-    elif plane == "global":
-        unit = unit[inside]
-        basis = global_plane(unit)[None] if RANK[operator] == 2 else unit[best_direction(unit)][None, None]
-    elif RANK[operator] == 2:
-        # One angle for all sites; where the model itself turns little, a norm's plane leans away from its mean.
-        leans = operator == "selective" and angles.any() and sites[0].kind != "layer_out"
-        share = np.sqrt(angles / angles[inside].max()).clip(max=1) if leans else None
-        basis, flat = local_planes(unit, mean, share)
-        for number in sorted(set(range(len(kept))) - set(flat.tolist())):
-            note(f"{sites[number]} is left out: its mean activation is parallel to its direction")
-        kept, inside = kept[flat], inside[flat]
-        basis = basis[inside]
-    else:
-        basis = unit[inside][:, None, :]
-    kept = kept[inside]
-    sites = tuple(recorded[number] for number in kept)
-    positive, negative = positive.at(kept), negative.at(kept)
-    mean = (positive.mean + negative.mean) / 2
-    b1 = np.broadcast_to(basis[:, 0], mean.shape)
-    on = select_sites(mask, discriminative(positive, negative, b1), sites, recorded)
+    basis, planar = _planes(classes, wanted, plane, operator, recorder.base.block_count, note)
+    classes = classes.at(planar)
+    b1 = np.broadcast_to(basis[:, 0], classes.unit.shape)
+    on = select_sites(mask, discriminative(classes.positive, classes.negative, b1), classes.sites, recorded)
     if plane == "global" and RANK[operator] == 2:
-        basis = orient_plane(basis[0], mean[on].mean(0))[None]
-    stored = basis.astype(np.float32)
-    along = [(each.mean * stored[:, 0]).sum(-1) for each in (negative, positive)]
-    mean_norm = (positive.norm + negative.norm) / (positive.count + negative.count)
+        basis = orient_plane(basis[0], classes.mean[on].mean(0))[None]
+    return _steering(recorder, prompts, classes, basis, on, operator, plane, name, orthogonal_to)
 
+
+def _check_choices(operator: str, plane: str, mask: str | None) -> None:
+    for what, value, known in (("operator", operator, OPERATORS), ("plane", plane, PLANES), ("mask", mask, MASKS)):
+        if value not in known and not (what == "mask" and value is None):
+            raise SteerError(f"expected {what} among {', '.join(known)}, got {value!r}")
+
+
+def _planes(
+    classes: Classes,
+    wanted: NDArray[np.bool_],
+    plane: Plane,
+    operator: Operator,
+    block_count: int,
+    note: Callable[[str], object],
+) -> tuple[Float64, NDArray[np.intp]]:
+    """The basis (planes, rank, d) of the sites that are `wanted` (T,), and which of the T those with a plane are.
+
+    Directions of the other sites still count: for the choice of the shared plane, and for how far norms lean.
+    """
+    rank, unit, mean = RANK[operator], classes.unit, classes.mean
+    if classes.sink is not None:
+        mean = mean - (mean * classes.sink).sum(-1, keepdims=True) * classes.sink
+    if plane == "shared":
+        at = [reference_site(classes.sites, block_count)]
+        basis = local_planes(unit[at], mean[at])[0] if rank == 2 else unit[at][:, None, :]
+        return basis, np.flatnonzero(wanted)
+    if plane == "global":
+        unit = unit[wanted]
+        basis = global_plane(unit)[None] if rank == 2 else unit[best_direction(unit)][None, None]
+        return basis, np.flatnonzero(wanted)
+    if rank == 1:
+        return unit[wanted][:, None, :], np.flatnonzero(wanted)
+    # One angle for all sites; where the model itself turns little, a norm's plane leans away from its mean.
+    angles = class_angles(classes.positive, classes.negative)
+    leans = operator == "selective" and angles.any() and classes.sites[0].kind != "layer_out"
+    share = np.sqrt(angles / angles[wanted].max()).clip(max=1) if leans else None
+    basis, planar = local_planes(unit, mean, share)
+    for number in sorted(set(range(len(unit))) - set(planar.tolist())):
+        note(f"{classes.sites[number]} is left out: its mean activation is parallel to its direction")
+    return basis[wanted[planar]], planar[wanted[planar]]
+
+
+def _steering(
+    recorder: Recorder,
+    prompts: PromptSet,
+    classes: Classes,
+    basis: Float64,
+    on: NDArray[np.bool_],
+    operator: Operator,
+    plane: Plane,
+    name: str | None,
+    orthogonal_to: Sequence[PromptSet | Steering],
+) -> Steering:
+    """The steering, with what calibration knows of its sites: separation, mean norm, class means along b1."""
+    stored, count = basis.astype(np.float32), len(classes.sites)
+    sides = (classes.negative, classes.positive)
+    b1 = np.broadcast_to(basis[:, 0], classes.unit.shape)
     return Steering(
         name=prompts.name if name is None else name,
         operator=operator,
         plane=plane,
-        sites=sites,
+        sites=classes.sites,
         mask=on,
-        site_plane=np.arange(len(sites), dtype=np.uint32) if plane == "local" else np.zeros(len(sites), np.uint32),
+        site_plane=np.arange(count, dtype=np.uint32) if plane == "local" else np.zeros(count, np.uint32),
         basis=stored,
         base=recorder.base,
-        separation=separation(positive, negative, b1, mean_norm).astype(np.float32),
-        mean_norm=mean_norm.astype(np.float32),
-        class_means=np.stack(along, axis=-1).astype(np.float32),
+        separation=separation(classes.positive, classes.negative, b1, classes.mean_norm).astype(np.float32),
+        mean_norm=classes.mean_norm.astype(np.float32),
+        class_means=np.stack([(each.mean * stored[:, 0]).sum(-1) for each in sides], axis=-1).astype(np.float32),
         description=prompts.description,
         positive=prompts.positive_name,
         negative=prompts.negative_name,
@@ -164,65 +173,11 @@ def calibrate(
             prompts_sha256=prompts.sha256,
             version=__version__,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            positive_count=positive.count,
-            negative_count=negative.count,
+            positive_count=classes.positive.count,
+            negative_count=classes.negative.count,
             orthogonal_to=tuple(each.name for each in orthogonal_to),
         ),
     )
-
-
-def spares_sink(operator: Operator, plane: Plane, sites: Sequence[Site]) -> bool:
-    """Whether planes are made orthogonal to the attention sink: rotations of the residual stream, where the first
-    token is a hundred times as long as any other, and turning it disturbs what every token attends to."""
-    return operator == "selective" and plane != "global" and sites[0].kind == "layer_out"
-
-
-def filter_sites(
-    recorder: Recorder, plane: Plane, kinds: Collection[str] | None, layers: tuple[int, int] | None
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Which of the recorded sites are of `kinds`, and which of those are in `layers`, as `calibrate` takes both."""
-    there = {site.kind for site in recorder.sites}
-    if kinds is None:
-        attention = next((kind for kind in ("attn_norm_2", "attn_norm") if kind in there), None)
-        kinds = {attention} if attention and plane != "global" else there - set(OUTER_KINDS) or there
-    of_kind = [number for number, site in enumerate(recorder.sites) if site.kind in kinds]
-    if not of_kind:
-        raise SteerError(f"expected a recorded site of kind {', '.join(kinds) or '(none)'}, got none")
-    if plane == "shared" and len(kinds) > 1:
-        raise SteerError(f"expected one kind of site for a shared plane, got {', '.join(sorted(kinds))}; give --sites")
-    if plane == "local" and "layer_out" in kinds and len(kinds) > 1:
-        raise SteerError("expected layer_out alone, or norms: one dial does not suit both; calibrate two steerings")
-    count = recorder.base.block_count
-    first, last = layers if layers is not None else (count // 2 if set(kinds) & set(OUTER_KINDS) else 0, count - 1)
-    chosen = [number for number in of_kind if first <= recorder.sites[number].layer <= last]
-    if not chosen:
-        blocks = sorted({recorder.sites[number].layer for number in of_kind})
-        raise SteerError(f"expected layers within {blocks[0]}-{blocks[-1]}, got {first}-{last}")
-    return np.array(of_kind, np.intp), np.array(chosen, np.intp)
-
-
-def class_sums(recorder: Recorder, prompts: Sequence[Prompt], step: Step) -> ClassSums:
-    """The sums of a class; in the residual stream of a model with LayerNorms, of what those see of it."""
-    architecture = ARCHITECTURES.get(recorder.base.architecture)
-    sums = recorder.sums(prompts, step)
-    if architecture is None or not architecture.layer_norm:
-        return sums
-    return sums.subtract_mean(np.array([site.kind == "layer_out" for site in recorder.sites]))
-
-
-def _axis(
-    recorder: Recorder, of: PromptSet | Steering, at: NDArray[np.intp], sites: Sequence[Site], step: Step
-) -> Float64:
-    """The unit direction (T, d) at each of `sites` of what is to be projected out; 0 where it has none."""
-    if isinstance(of, Steering):
-        of.check_fits(recorder.base)
-        return axes_at(sites, of)
-    few = of.first(AXIS_PROMPTS)
-    positive, negative = (class_sums(recorder, each, step).at(at) for each in (few.positive, few.negative))
-    found = compute_directions(sites, positive, negative)
-    axis = np.zeros((len(sites), recorder.base.embedding_length))
-    axis[found.kept] = found.unit
-    return axis
 
 
 def separation(positive: ClassSums, negative: ClassSums, b1: Float64, mean_norm: Float64) -> Float64:

@@ -8,6 +8,7 @@ import click
 
 from edge_steer.choices import DEVICES, DTYPES, MASKS, OPERATORS, PLANES, Device, DType, Mask, Operator, Plane
 from edge_steer.cli import options, outputs
+from edge_steer.cli.opening import run_parameters
 
 if TYPE_CHECKING:
     from edge_steer.calibration.engines import CalibrationEngine
@@ -102,7 +103,7 @@ def calibrate(
     device: Device,
     dtype: DType,
     force: bool,
-    **run: Any,
+    run: options.RunOptions,
 ) -> None:
     """Compute a steering from contrasting prompts.
 
@@ -150,12 +151,12 @@ def _parse_layers(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last or first)
 
 
-def _open_engine(model: str, torch: dict[str, Any], run: dict[str, Any]) -> CalibrationEngine:
+def _open_engine(model: str, torch: dict[str, Any], run: options.RunOptions) -> CalibrationEngine:
     """What records and measures: llama.cpp for a GGUF, transformers for a Hugging Face directory or hub id."""
     from edge_steer.calibration.engines import NativeEngine, TorchEngine, is_hugging_face
 
     if not is_hugging_face(model):
-        return NativeEngine(*options.run_parameters(model, **run))
-    if run["chat_template"] is not None:
+        return NativeEngine(*run_parameters(model, run))
+    if run.chat_template is not None:
         raise click.UsageError("--chat-template is for a GGUF; a Hugging Face model brings its own")
     return TorchEngine(model, torch)

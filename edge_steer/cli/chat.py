@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.opening import open_model
 
 
 @click.command()
@@ -16,23 +15,14 @@ from edge_steer.cli import options
 @options.sampling_options
 @options.run_options
 @options.rpc_option
-@click.option("--resume", metavar="FILE", help="Go on with a conversation that /save wrote, at its dials.")
+@click.option("--resume", metavar="FILE", help="Go on with a conversation that /save wrote, at its dials and gates.")
 def chat(
     model: str,
-    steering: tuple[str, ...],
-    angle: float | None,
-    strength: float | None,
-    scope: str,
-    engine: str,
+    steered: options.SteeringOptions,
+    run: options.RunOptions,
+    sampling: options.SamplingOptions,
     system: str | None,
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
-    rpc: tuple[str, ...],
     resume: str | None,
-    **sampling: Any,
 ) -> None:
     """Chat in the terminal, with the dial live.
 
@@ -47,7 +37,7 @@ def chat(
     from functools import partial
     from pathlib import Path
 
-    from edge_steer.cli.readings import coloured, summary
+    from edge_steer.cli.readings import colour_piece, summary
     from edge_steer.errors import SteerError
     from edge_steer.prompts import check_text
     from edge_steer.runtime import rpc as rpc_servers
@@ -60,10 +50,7 @@ def chat(
     earlier = None if resume is None else transcript.read_transcript(Path(resume))
     if system is not None:
         check_text("system", system)
-    llm = options.open_model(
-        model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
-    )  # fmt: skip
+    llm = open_model(model, steered, run)
     note = partial(click.echo, err=True)
     interactive = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
 
@@ -79,13 +66,15 @@ def chat(
             raise EOFError
         return line.removeprefix("\ufeff")  # the mark that some editors and shells put first
 
-    conversation = Chat(llm, options.sampling(seed=seed, **sampling), system, note=note)
+    conversation = Chat(llm, sampling.with_seed(run.seed), system, note=note)
     if earlier:
         transcript.resume(conversation, earlier)
-        if not options.names_angles(steering, angle, strength):
+        if not steered.names_dials:
             llm.angles.update({name: dial for name, dial in earlier.angles.items() if name in llm.angles})
+        if not steered.names_gates:
+            llm.gates.update({name: gate for name, gate in earlier.gates.items() if name in llm.gates})
     rpc_servers.last_words.append(lambda: transcript.save_beside(conversation))
-    repl = Repl(conversation, read, say=partial(click.echo, nl=False), note=note, show=coloured, sum_up=summary)
+    repl = Repl(conversation, read, say=partial(click.echo, nl=False), note=note, show=colour_piece, sum_up=summary)
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input(), where the platform has it

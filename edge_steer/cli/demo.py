@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.opening import run_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +29,7 @@ LONGEST = 40  # tokens of an answer
 @click.option(
     "-m", "--model", default=MODEL, show_default=True, metavar="MODEL", help="A .gguf file or a known model's name."
 )
-def demo(
-    model: str, ctx: int | None, gpu_layers: int, threads: int | None, seed: int, chat_template: str | None
-) -> None:
+def demo(model: str, run: options.RunOptions) -> None:
     """The whole way on a small model: gloomier, and more cheerful.
 
     Fetches SmolLM2-135M-Instruct (98 MB, once), calibrates the preset `sentiment` on it, and answers the same prompts
@@ -44,9 +43,7 @@ def demo(
     from edge_steer.registry import cache_dir
     from edge_steer.runtime.llama import SteeredLlama
 
-    path, parameters = options.run_parameters(
-        model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
-    )
+    path, parameters = run_parameters(model, run)
     prompts = load_preset(PRESET)
     steering = calibrate_model(
         NativeEngine(path, parameters), prompts, CalibrationOptions(orthogonal_to=None), name=PRESET, progress=bar
@@ -64,7 +61,7 @@ def demo(
             gaps[dial] = float(probe_gaps(llm, prompts.probes).mean())
             step(1)
 
-    _print_answers(llm, dials, seed)
+    _print_answers(llm, dials, run.seed)
     click.echo(
         f"\nMeasured on {len(prompts.probes)} probes, how much likelier {prompts.positive_name} answers became than "
         f"{prompts.negative_name} ones\n(change of the gap of their log-probabilities per token):"

@@ -8,29 +8,20 @@ from typing import Any
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.opening import run_parameters
 
 
 @click.command()
 @click.option("-m", "--model", metavar="MODEL", help="Also load this model and count the sites its graph really has.")
 @options.run_options
 @options.json_option
-def doctor(
-    model: str | None,
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
-    as_json: bool,
-) -> None:
+def doctor(model: str | None, run: options.RunOptions, as_json: bool) -> None:
     """Check this installation, and which sites of a model are met."""
     from edge_steer.runtime.doctor import examine_build, examine_model
 
     found: dict[str, Any] = examine_build()
     if model is not None:
-        path, parameters = options.run_parameters(
-            model, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template
-        )
+        path, parameters = run_parameters(model, run)
         found["model"] = examine_model(path, **parameters)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
@@ -39,12 +30,12 @@ def doctor(
         if isinstance(value, dict):
             click.echo(f"{key}:")
             for inner, text in value.items():
-                click.echo(f"  {inner}: {_shown(text)}")
+                click.echo(f"  {inner}: {_format_value(text)}")
         else:
-            click.echo(f"{key}: {_shown(value)}")
+            click.echo(f"{key}: {_format_value(value)}")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None:

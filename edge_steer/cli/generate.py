@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.opening import open_model
+
+if TYPE_CHECKING:
+    from edge_steer.runtime.answer import Answer
+    from edge_steer.runtime.llama import SteeredLlama
 
 
 @click.command()
@@ -24,24 +29,15 @@ from edge_steer.cli import options
 @options.json_option
 def generate(
     model: str,
-    steering: tuple[str, ...],
-    angle: float | None,
-    strength: float | None,
-    scope: str,
-    engine: str,
+    steered: options.SteeringOptions,
+    run: options.RunOptions,
+    sampling: options.SamplingOptions,
     text: str | None,
     prompt: str | None,
     system: str | None,
     read: bool,
     site: str | None,
     as_json: bool,
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
-    rpc: tuple[str, ...],
-    **sampling: Any,
 ) -> None:
     """Answer one prompt, steered.
 
@@ -60,37 +56,40 @@ def generate(
         raise click.UsageError("--site says where --read reads; give both")
     given = text if prompt is None else prompt
     asked = Prompt(standard_input() if given == "-" else str(given), system=system)
-    llm = options.open_model(
-        model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
-    )  # fmt: skip
-    how = options.sampling(seed=seed, **sampling)
+    llm = open_model(model, steered, run)
+    how = sampling.with_seed(run.seed)
     if read:
         how = replace(how, read=readings.choose_sites(llm, site))
     if read and not as_json:
         click.echo(readings.legend(llm), err=True)
-    say = silent if as_json else lambda piece: click.echo(readings.coloured(piece), nl=False)
+    say = silent if as_json else lambda piece: click.echo(readings.colour_piece(piece), nl=False)
     answer = generate_answer(llm, asked.messages(), how, say)
     if not answer.generated_tokens:
         options.note("the answer is empty: the model ended it with its first token")
-    if not as_json:
-        click.echo()
-        if read:
-            click.echo(readings.summary(answer), err=True)
+    if as_json:
+        click.echo(json.dumps(_record(llm, answer, read=read), ensure_ascii=False))
         return
+    click.echo()
+    if read:
+        click.echo(readings.summary(answer), err=True)
+
+
+def _record(llm: SteeredLlama, answer: Answer, *, read: bool) -> dict[str, Any]:
+    from edge_steer.cli.readings import as_json
+
     # A file's default is a float32; its further digits are no one's.
     dials = {name: None if dial is None else round(dial, 4) for name, dial in llm.angles.items()}
-    found = {
+    return {
         "text": answer.text,
         "angle": next(iter(dials.values())) if len(dials) == 1 else dials or None,
-        "scope": scope,
+        "gates": {name: str(gate) for name, gate in llm.gates.items() if gate},
+        "scope": llm.scope,
         "prompt_tokens": answer.prompt_tokens,
         "generated_tokens": answer.generated_tokens,
         "tokens_per_second": round(answer.tokens_per_second, 2),
         "sites_hit": llm.sites_hit,
-        **({"readings": readings.as_json(llm, answer)} if read else {}),
+        **({"readings": as_json(llm, answer)} if read else {}),
     }
-    click.echo(json.dumps(found, ensure_ascii=False))
 
 
 def standard_input(what: str = "a prompt") -> str:

@@ -58,32 +58,36 @@ def _plain(value: Any) -> Any:
     return [_number(each) if isinstance(each, float) else each for each in value] if isinstance(value, tuple) else value
 
 
-def _shown(value: float, form: str) -> str:
+def _format(value: float, form: str) -> str:
     return "–" if math.isnan(value) else format(value, form)
 
 
 def _print(steering: Steering) -> None:
-    from edge_steer.sites import KINDS
+    click.echo(click.style(steering.name, bold=True) + (f": {steering.description}" if steering.description else ""))
+    for key, text in _rows(steering).items():
+        click.echo(f"  {key:<9}  {text}")
+    _print_sites(steering)
 
+
+def _rows(steering: Steering) -> dict[str, str]:
+    """What there is to say beside the sites, by a word."""
     base, made = steering.base, steering.made
     unit = "" if steering.operator == "addition" else "°"
-    click.echo(click.style(steering.name, bold=True) + (f": {steering.description}" if steering.description else ""))
     acts = f"{len(steering.steered)} of {len(steering.sites)} sites"
+    by = f"the {made.recorder or 'unknown'} recorder from {made.positive_count} + {made.negative_count} prompts"
+    later = "see `edge-steer sweep --write`"
+    if math.isnan(steering.angle_min) and math.isnan(steering.angle_max):
+        range_ = f"not measured; {later}"
+    else:
+        range_ = f"{_format(steering.angle_min, '+.4g')} … {_format(steering.angle_max, '+.4g')}{unit}"
+        range_ += f", provisional; {later}" if steering.provisional else ""
     rows = {
         "turns": f"{steering.negative} (−) to {steering.positive} (+)",
         "how": f"{steering.operator}, {steering.plane} planes, at {acts}",
         "model": f"{base.name or '–'} ({base.architecture}, {base.block_count} layers, width {base.embedding_length})",
-        "angle": f"{_shown(steering.angle, '+.4g')}{unit if not math.isnan(steering.angle) else ''}",
-        "range": "not measured; see `edge-steer sweep --write`"
-        if math.isnan(steering.angle_min) and math.isnan(steering.angle_max)
-        else f"{_shown(steering.angle_min, '+.4g')} … {_shown(steering.angle_max, '+.4g')}{unit}"
-        + (", provisional; see `edge-steer sweep --write`" if steering.provisional else ""),
-        "made": f"{made.date[:10] or '–'} by "
-        + (
-            "combining steerings"
-            if made.recorder == "combine"
-            else f"the {made.recorder or 'unknown'} recorder from {made.positive_count} + {made.negative_count} prompts"
-        ),
+        "angle": f"{_format(steering.angle, '+.4g')}{unit if not math.isnan(steering.angle) else ''}",
+        "range": range_,
+        "made": f"{made.date[:10] or '–'} by {'combining steerings' if made.recorder == 'combine' else by}",
     }
     if made.orthogonal_to:
         rows["without"] = f"what it shares with {', '.join(made.orthogonal_to)}"
@@ -95,8 +99,12 @@ def _print(steering: Steering) -> None:
         rows["threshold"] = f"{steering.threshold:g}"
     if steering.operator == "ablation":
         del rows["angle"], rows["range"]
-    for key, text in rows.items():
-        click.echo(f"  {key:<9}  {text}")
+    return rows
+
+
+def _print_sites(steering: Steering) -> None:
+    """A line a layer, with the sites of each kind beside each other."""
+    from edge_steer.sites import KINDS
 
     kinds = [kind for kind in KINDS if any(site.kind == kind for site in steering.sites)]
     where = {(site.layer, site.kind): i for i, site in enumerate(steering.sites)}
@@ -110,7 +118,7 @@ def _print(steering: Steering) -> None:
                 line += " " * 23
             else:
                 mark = "●" if steering.mask[i] else " "
-                separation, norm = _shown(steering.separation[i], ".2f"), _shown(steering.mean_norm[i], ".3g")
+                separation, norm = _format(steering.separation[i], ".2f"), _format(steering.mean_norm[i], ".3g")
                 line += f"   {mark}{separation:>9} {norm:>8} "
         click.echo(line.rstrip())
     click.echo("  ● steered; separation of the class means along b1, in standard deviations; ‖h‖ is a mean")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.opening import open_model
 
 
 @click.command()
@@ -36,12 +37,7 @@ def read(
     as_chat: bool,
     each_token: bool,
     as_json: bool,
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
-    rpc: tuple[str, ...],
+    run: options.RunOptions,
 ) -> None:
     """Tell how far each text lies toward a steering's positive end.
 
@@ -56,11 +52,9 @@ def read(
     if each_token and not as_json:
         raise click.UsageError("--tokens adds to --json; give both")
     texts = _lines(file)
-    llm = options.open_model(
-        model, steering, angle=None, strength=None, scope="all", engine="auto", may_be_off=True,
-        ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template, rpc=rpc,
-    )  # fmt: skip
-    if not options.names_angles(steering, None, None):
+    steered = options.SteeringOptions(steering)
+    llm = open_model(model, steered, run, may_be_off=True)
+    if not steered.names_dials:
         llm.angles.update(dict.fromkeys(llm.angles))
     names = choose_sites(llm, site)
     last = (score or ("last" if as_chat else "mean")) == "last"

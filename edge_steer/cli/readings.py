@@ -33,7 +33,7 @@ def choose_sites(llm: SteeredLlama, site: str | None) -> tuple[str, ...]:
     return names
 
 
-def coloured(piece: Piece) -> str:
+def colour_piece(piece: Piece) -> str:
     """A piece's text in the colour of its first reading."""
     if not piece.readings:
         return piece.text

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_steer.cli import options
+from edge_steer.cli.opening import open_model
+
+if TYPE_CHECKING:
+    from edge_steer.serve.guard import Rules
+    from edge_steer.serve.service import Service
 
 _UPSTREAM_BYTES = 128 << 20  # of a request that goes through: it may hold pictures
 
@@ -42,11 +50,9 @@ _UPSTREAM_BYTES = 128 << 20  # of a request that goes through: it may hold pictu
 @options.rpc_option
 def serve(
     model: str | None,
-    steering: tuple[str, ...],
-    angle: float | None,
-    strength: float | None,
-    scope: str,
-    engine: str,
+    steered: options.SteeringOptions,
+    run: options.RunOptions,
+    sampling: options.SamplingOptions,
     host: str,
     port: int,
     api_key: str | None,
@@ -58,13 +64,6 @@ def serve(
     upstream: str | None,
     upstream_key: str | None,
     adapter: tuple[str, ...],
-    ctx: int | None,
-    gpu_layers: int,
-    threads: int | None,
-    seed: int,
-    chat_template: str | None,
-    rpc: tuple[str, ...],
-    **sampling: Any,
 ) -> None:
     """Serve a model to other programs (OpenAI's interface), and a page with dials.
 
@@ -75,48 +74,50 @@ def serve(
     edge-steer serve -m qwen2.5-coder-0.5b -s happy.gguf --open
     edge-steer serve --upstream http://127.0.0.1:8081 -s happy.gguf
     """
-    from functools import partial
-    from pathlib import Path
-
     try:
         from edge_steer.serve.run import Address
-        from edge_steer.serve.run import serve as run
+        from edge_steer.serve.run import serve as serve_until_stopped
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{error.name} is missing; pip install 'edge-steer[serve]'") from None
     _check_mode(click.get_current_context(), upstream)
     from edge_steer.serve.app import make_app
     from edge_steer.serve.guard import Rules
-    from edge_steer.serve.service import Service
-    from edge_steer.serve.worker import Worker
 
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         options.note(f"anyone who reaches {host}:{port} may use this model; give --api-key")
+    rules = Rules(api_key, cors, allow_host)
     services: list[Service] = []
-    note = partial(click.echo, err=True)
 
     def load() -> Any:
-        if upstream is not None:
-            return _in_front_of(
-                upstream, upstream_key, adapter, steering, angle, strength, Rules(api_key, cors, allow_host)
-            )
-        assert model is not None
-        llm = options.open_model(
-            model, steering, angle=angle, strength=strength, scope=scope, engine=engine,
-            may_be_off=True, ctx=ctx, gpu_layers=gpu_layers, threads=threads, seed=seed, chat_template=chat_template,
-            rpc=rpc,
-        )  # fmt: skip
-        name = Path(llm.model_path).stem if Path(model).is_file() else model
-        services.append(
-            Service(llm, Worker(llm, queue), name, options.sampling(seed=seed, **sampling), metrics=metrics)
-        )
-        return make_app(services[0], Rules(api_key, cors, allow_host))
+        if model is None:
+            return _in_front_of(str(upstream), upstream_key, adapter, steered, rules)
+        services.append(_service(model, steered, run, sampling, queue, metrics=metrics))
+        return make_app(services[0], rules)
 
     def close() -> None:
         for service in services:
             service.worker.close()
             service.llm.close()
 
-    run(Address(host, port), load, close=close, note=note, open_page=open_page)
+    serve_until_stopped(Address(host, port), load, close=close, note=partial(click.echo, err=True), open_page=open_page)
+
+
+def _service(
+    model: str,
+    steered: options.SteeringOptions,
+    run: options.RunOptions,
+    sampling: options.SamplingOptions,
+    queue: int,
+    *,
+    metrics: bool,
+) -> Service:
+    """A model that runs here, and what answers for it."""
+    from edge_steer.serve.service import Service
+    from edge_steer.serve.worker import Worker
+
+    llm = open_model(model, steered, run, may_be_off=True)
+    name = Path(llm.model_path).stem if Path(model).is_file() else model
+    return Service(llm, Worker(llm, queue), name, sampling.with_seed(run.seed), metrics=metrics)
 
 
 # What says something to the server itself, or to llama-server; all other options are of a model that runs here.
@@ -147,23 +148,17 @@ def _check_mode(context: click.Context, upstream: str | None) -> None:
 
 
 def _in_front_of(
-    url: str,
-    key: str | None,
-    adapter: tuple[str, ...],
-    steering: tuple[str, ...],
-    angle: float | None,
-    strength: float | None,
-    rules: Any,
+    url: str, key: str | None, adapter: tuple[str, ...], steered: options.SteeringOptions, rules: Rules
 ) -> Any:
     """The application in front of a llama-server."""
-    from dataclasses import replace
-
     from edge_steer.runtime.dials import named_steerings
     from edge_steer.serve.adapters import parse_order
     from edge_steer.serve.upstream import make_upstream_app
     from edge_steer.serve.upstream_start import open_upstream
 
     order = parse_order(adapter)
-    steerings, dials = named_steerings(steering, angle=angle, strength=strength, may_be_off=True)
+    steerings, dials = named_steerings(
+        steered.steering, angle=steered.angle, strength=steered.strength, may_be_off=True
+    )
     front = open_upstream(url, steerings, dials, key=key, order=order, note=options.note)
     return make_upstream_app(front, replace(rules, body_bytes=_UPSTREAM_BYTES))

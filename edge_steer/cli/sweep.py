@@ -10,6 +10,7 @@ import click
 
 from edge_steer.cli import options, outputs
 from edge_steer.cli.numbers import FiniteRange
+from edge_steer.cli.opening import run_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,7 @@ def sweep(
     write: bool,
     as_json: bool,
     force: bool,
-    **run: Any,
+    run: options.RunOptions,
 ) -> None:
     """Measure effect and damage over the dial, and the range that is safe.
 
@@ -86,8 +87,8 @@ def sweep(
         if inputs.without_range:
             raise click.UsageError(f"--write stores a range around off; {inputs.without_range[0].operator} has none")
         check_can_store(steering)
-    path, parameters = options.run_parameters(model, **run)
-    if run["ctx"] is None:
+    path, parameters = run_parameters(model, run)
+    if run.ctx is None:
         parameters["n_ctx"] = min(CONTEXT, parameters["n_ctx"])
     wanted = SweepOptions(
         methods=() if methods is None else tuple(methods.split(",")), dials=dials, quick=quick, max_kl=max_kl,

@@ -10,6 +10,7 @@ import click
 
 from edge_steer.cli import options
 from edge_steer.cli.numbers import GPU_LAYERS, THREADS
+from edge_steer.cli.opening import run_parameters
 
 if TYPE_CHECKING:
     from edge_steer.verify.comparison import Comparison, Distance
@@ -55,7 +56,7 @@ def verify(
     from edge_steer.runtime.dials import named_steerings
     from edge_steer.verify.verification import verify as compare
 
-    path, parameters = options.run_parameters(model, ctx=None, gpu_layers=gpu_layers, threads=threads, seed=0)
+    path, parameters = run_parameters(model, options.RunOptions(gpu_layers=gpu_layers, threads=threads))
     steerings, dials = named_steerings(steering or (path,), angle=angle, model=model)
     options.note_gates(steerings, "this comparison: it acts on every token")
     dialled = [(each.with_(gate=""), dials[each.name]) for each in steerings]

@@ -19,7 +19,7 @@ from edge_steer._version import __version__
 from edge_steer.choices import Operator
 from edge_steer.combining.expression import Expression, evaluate, parse
 from edge_steer.combining.turn import CANCELLED, Float64, Turn, turn_of, unit
-from edge_steer.errors import MismatchError, NoEffectError, SteerError, shown
+from edge_steer.errors import MismatchError, NoEffectError, SteerError, quote
 from edge_steer.provenance import MAX_NAME, Made
 from edge_steer.rotation import orthonormal
 from edge_steer.sites import Site
@@ -54,7 +54,7 @@ def combine(
     among it.
     """
     parsed = parse(expression)
-    named = _named(parsed, steerings)
+    named = _steerings_by_name(parsed, steerings)
     operator = _check_alike(named)
     dials = {key: (angles or {}).get(key, math.nan) for key in named}
     dials = {key: named[key].default_dial() if math.isnan(dial) else float(dial) for key, dial in dials.items()}
@@ -65,7 +65,7 @@ def combine(
     length = np.linalg.norm(turn.sum, axis=-1)
     if operator == "addition":
         length = np.divide(length, norms, out=np.zeros_like(length), where=norms > 0)
-    kept = _kept(parsed, length, operator, sites, note)
+    kept = _select_sites(parsed, length, operator, sites, note)
     turn, norms, length = turn.at(kept), norms[kept], length[kept]
     sites = tuple(sites[number] for number in kept)
     u = unit(turn.sum)
@@ -102,7 +102,9 @@ def _steering(first: Steering, sites: tuple[Site, ...], basis: Float64, norms: F
     )
 
 
-def _named(parsed: Expression, steerings: Mapping[str, Steering] | Sequence[Steering]) -> dict[str, Steering]:
+def _steerings_by_name(
+    parsed: Expression, steerings: Mapping[str, Steering] | Sequence[Steering]
+) -> dict[str, Steering]:
     """The steerings by the names in the expression, in its order."""
     pairs = list(steerings.items() if isinstance(steerings, Mapping) else ((each.name, each) for each in steerings))
     known = dict(pairs)
@@ -111,10 +113,10 @@ def _named(parsed: Expression, steerings: Mapping[str, Steering] | Sequence[Stee
     for key in parsed.names:
         if key not in known:
             raise SteerError(
-                f"expected names among {', '.join(known) or '(none)'} in {shown(parsed.text)}, got {key!r}"
+                f"expected names among {', '.join(known) or '(none)'} in {quote(parsed.text)}, got {key!r}"
             )
     if unused := [key for key in known if key not in parsed.names]:
-        raise SteerError(f"expected {unused[0]!r} in {shown(parsed.text)}, where it is not; leave the steering out")
+        raise SteerError(f"expected {unused[0]!r} in {quote(parsed.text)}, where it is not; leave the steering out")
     return {key: known[key] for key in parsed.names}
 
 
@@ -157,12 +159,12 @@ def _mean_norms(steerings: Collection[Steering], sites: Sequence[Site]) -> Float
     return np.array(found)
 
 
-def _kept(
+def _select_sites(
     parsed: Expression, length: Float64, operator: str, sites: Sequence[Site], note: Callable[[str], object]
 ) -> NDArray[np.intp]:
     """Which of the S sites the result steers. Raises NoEffectError where the sum has cancelled at all."""
     if not length.any():
-        raise NoEffectError(f"{shown(parsed.text)} cancels at every site and would do nothing; change the expression")
+        raise NoEffectError(f"{quote(parsed.text)} cancels at every site and would do nothing; change the expression")
     least = 0.0 if operator == "addition" else _SHORT * length.max()
     kept = np.flatnonzero((length > 0) & (length >= least))
     if gone := len(sites) - len(kept):
@@ -175,11 +177,11 @@ def _planes(
     parsed: Expression, turn: Turn, u: Float64, sites: Sequence[Site], note: Callable[[str], object]
 ) -> Float64:
     """B (S, 2, d) with b1 = u and b2 = unit(G u)."""
-    moved = turn.generated(u)
+    moved = turn.apply_generator(u)
     angle, whole = np.linalg.norm(moved, axis=-1), turn.generator_norm()
     if (weak := angle <= CANCELLED * turn.size).any():
         raise NoEffectError(
-            f"{shown(parsed.text)} turns nothing at {sites[int(weak.argmax())]}, where the planes are turned against "
+            f"{quote(parsed.text)} turns nothing at {sites[int(weak.argmax())]}, where the planes are turned against "
             "each other; use the steerings side by side"
         )
     held = angle / whole

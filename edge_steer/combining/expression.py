@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edge_steer.combining.turn import Turn
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 
 _LONGEST = 400
 _AS_PYTHON = str.maketrans({"~": "@", "|": "%"})
@@ -47,13 +47,13 @@ def parse(text: str) -> Expression:
         # Python counts from 1; where the text ends too early, it may give 0.
         raise _refusal(text, (error.offset or len(text) + 1) - 1, "a steering, a number or a sign") from None
     except (ValueError, RecursionError, MemoryError):  # a null character; brackets nested too deeply
-        raise SteerError(f"expected an expression, got {shown(text)}; {_EXAMPLE}") from None
+        raise SteerError(f"expected an expression, got {quote(text)}; {_EXAMPLE}") from None
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
     for node in nodes:
         _check(text, node)
     names = dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name))
     if not names:
-        raise SteerError(f"expected an expression that names a steering, got {shown(text)}; {_EXAMPLE}")
+        raise SteerError(f"expected an expression that names a steering, got {quote(text)}; {_EXAMPLE}")
     return Expression(text, tree, tuple(names))
 
 
@@ -71,7 +71,7 @@ def _check(text: str, node: ast.expr) -> None:
 
 def _refusal(text: str, column: int, expected: str) -> SteerError:
     column = min(max(column, 0), len(text))
-    got = shown(text[column:], 20) if text[column:] else "its end"
+    got = quote(text[column:], 20) if text[column:] else "its end"
     return SteerError(f"expected {expected} at column {column + 1} of the expression, got {got}; {_EXAMPLE}")
 
 
@@ -93,7 +93,7 @@ def _evaluate(node: ast.expr, named: Mapping[str, Turn]) -> Turn | float:
         case ast.UnaryOp(op=op, operand=operand):
             sign = -1.0 if isinstance(op, ast.USub) else 1.0
             one = _evaluate(operand, named)
-            return one.scaled(sign) if isinstance(one, Turn) else sign * one
+            return one.scale(sign) if isinstance(one, Turn) else sign * one
         case ast.BinOp(left=left, op=op, right=right):
             return _apply(op, _evaluate(left, named), _evaluate(right, named))
     raise AssertionError(node)  # `_check` refuses it
@@ -104,17 +104,17 @@ def _apply(op: ast.operator, one: Turn | float, other: Turn | float) -> Turn | f
         case ast.Add(), Turn(), Turn():
             return one.plus(other)
         case ast.Sub(), Turn(), Turn():
-            return one.plus(other.scaled(-1.0))
+            return one.plus(other.scale(-1.0))
         case ast.MatMult(), Turn(), Turn():
             return one.without(other)
         case ast.Mod(), Turn(), Turn():
             return one.along(other)
         case ast.Mult(), Turn(), float():
-            return one.scaled(other)
+            return one.scale(other)
         case ast.Mult(), float(), Turn():
-            return other.scaled(one)
+            return other.scale(one)
         case ast.Div(), Turn(), float() if other:
-            return one.scaled(1 / other)
+            return one.scale(1 / other)
         case _, float(), float() if type(op) in _NUMBERS and not (isinstance(op, ast.Div) and other == 0):
             number = _NUMBERS[type(op)](one, other)
             if math.isfinite(number):

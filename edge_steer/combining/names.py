@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.runtime.dials import split_dial
 from edge_steer.sharing.find import find_steerings
 from edge_steer.steering import Steering
@@ -26,14 +26,14 @@ def bind_names(arguments: Sequence[str], model: str | None = None) -> tuple[dict
         path, dial = split_dial(file)
         found = find_steerings(path, model)
         if given and len(found) != 1:
-            names = ", ".join(shown(each.name) for each in found[:5])
+            names = ", ".join(quote(each.name) for each in found[:5])
             raise SteerError(
                 f"expected one steering in {path} to call {given}, got {len(found)} ({names}); use -s {path}"
             )
         for each in found:
             name = given or each.name
             if not name.isidentifier():
-                raise SteerError(f"expected a name of letters and digits, got {shown(name)}; write -s NAME={path}")
+                raise SteerError(f"expected a name of letters and digits, got {quote(name)}; write -s NAME={path}")
             if name in steerings:
                 raise SteerError(f"two steerings are called {name!r}; write -s NAME={path} for one of them")
             steerings[name] = each

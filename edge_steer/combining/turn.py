@@ -39,7 +39,7 @@ class Turn:
         total[np.linalg.norm(total, axis=-1) <= CANCELLED * self.size] = 0
         return np.asarray(total)
 
-    def scaled(self, factor: float) -> Turn:
+    def scale(self, factor: float) -> Turn:
         return replace(self, x=factor * self.x, size=abs(factor) * self.size)
 
     def plus(self, other: Turn) -> Turn:
@@ -68,7 +68,7 @@ class Turn:
             )
         return r
 
-    def generated(self, u: Float64) -> Float64:
+    def apply_generator(self, u: Float64) -> Float64:
         """G u (S, d): where the unit directions u (S, d) go under the parts in turn, to first order, in degrees."""
         return np.asarray(
             (self.y * (self.x * u).sum(-1, keepdims=True) - self.x * (self.y * u).sum(-1, keepdims=True)).sum(0)

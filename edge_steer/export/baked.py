@@ -20,7 +20,7 @@ from edge_steer import tensor_types
 from edge_steer.errors import SteerError
 from edge_steer.export.changes import Changes
 from edge_steer.export.folding import EMBEDDING, HEAD, fold_gguf
-from edge_steer.export.gguf_bytes import copy_bytes, head, map_model, retyped, size_of
+from edge_steer.export.gguf_bytes import change_types, copy_bytes, head, map_model, size_of
 from edge_steer.export.progress import Progress, no_progress
 from edge_steer.export.readers import Dialled, linear_actions
 from edge_steer.gguf_tensors import TensorInfo
@@ -70,7 +70,7 @@ def bake_gguf(
         tensor_types.check_writable(kind, before[name].shape[0], name)
     check_not_source(model_path, out)
     changed = untied or any(before[name].type != kind for name, kind in kinds.items())
-    tensors = retyped(source, kinds, [before[HEAD]] if untied else []) if changed else list(model.tensors)
+    tensors = change_types(source, kinds, [before[HEAD]] if untied else []) if changed else list(model.tensors)
 
     rounding: dict[str, list[float]] = {}
     with whole_file(out, force=force) as part, part.open("wb") as file, progress("rotating", len(changes)) as step:

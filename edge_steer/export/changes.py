@@ -44,7 +44,7 @@ class Changes:
                 core = part.stream.core(self.actions)
                 if part.bias:  # (Tᵀb)ᵀ = bᵀT
                     return map(Factor(part.stream.span, core, part.stream.span).turn, blocks())
-                return written(part.stream.span, core, blocks)
+                return apply_to_writer(part.stream.span, core, blocks)
             case Norm():
                 return iter([self._norm(name, part).astype(np.float32)[None]])
 
@@ -75,9 +75,9 @@ class Changes:
         return new * turned
 
 
-def written(span: Floats, core: Floats, blocks: Blocks) -> Iterator[Float32s]:
+def apply_to_writer(span: Floats, core: Floats, blocks: Blocks) -> Iterator[Float32s]:
     """Tᵀ W = W + Sᵀ (Gᵀ (S W)), rows (m, in) of W with m = d, or of several such weights one after another."""
-    change = np.einsum("rq,erk->eqk", core.astype(np.float32), spanned(span, blocks))
+    change = np.einsum("rq,erk->eqk", core.astype(np.float32), project_rows(span, blocks))
     width, at = span.shape[1], 0
     for rows in blocks():
         new = np.array(rows, np.float32)
@@ -90,7 +90,7 @@ def written(span: Floats, core: Floats, blocks: Blocks) -> Iterator[Float32s]:
         yield new
 
 
-def spanned(span: Floats, blocks: Blocks) -> Float32s:
+def project_rows(span: Floats, blocks: Blocks) -> Float32s:
     """S W (E, r, in) of the rows (E·d, in) of a weight, or of E experts one after another."""
     found: list[Float32s] = []
     width, at = span.shape[1], 0

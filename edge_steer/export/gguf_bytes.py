@@ -106,7 +106,7 @@ def text(value: str) -> Value:
     return Value(GGUFValueType.STRING, value)
 
 
-def retyped(source: Mapped, kinds: Mapping[str, int], added: Sequence[TensorInfo] = ()) -> list[TensorInfo]:
+def change_types(source: Mapped, kinds: Mapping[str, int], added: Sequence[TensorInfo] = ()) -> list[TensorInfo]:
     """The tensors of `source` in the order of their data and those `added`, some with other types, and where they then
     lie."""
     found, offset = [], 0

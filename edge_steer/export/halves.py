@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_steer.errors import SteerError
-from edge_steer.export.changes import spanned
+from edge_steer.export.changes import project_rows
 from edge_steer.export.factors import Actions, Floats
 from edge_steer.export.folding import Blocks, Float32s, Folding, Norm, Reads, Writes
 
@@ -41,7 +41,7 @@ def core_at(actions: Actions) -> Callable[[Reads | Writes], Floats]:
 def halves(name: str, part: Reads | Writes, blocks: Blocks, experts: int | None = None) -> Halves:
     """The halves of the weight `name`, which is read once. experts: how many it holds, None where it is none."""
     if isinstance(part, Writes):
-        a = spanned(part.stream.span, blocks)
+        a = project_rows(part.stream.span, blocks)
         b = np.broadcast_to(part.stream.span.T.astype(np.float32), (len(a), *part.stream.span.T.shape))
         return Halves(a, b, part) if experts is not None else Halves(a[0], b[0], part)
     if part.gain is not None and not part.gain.all():

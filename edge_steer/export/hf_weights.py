@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture_of
 from edge_steer.checkpoint import Config, read_config, read_tensors
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.export.folding import Folding, Reads, folding
 from edge_steer.export.readers import check_experts, gguf_name
 from edge_steer.provenance import BaseModel
@@ -54,14 +54,14 @@ class Checkpoint:
                 continue
             shape, part = self.tensors[tensor].shape, folded.parts[name]
             if shape[-1 if len(shape) == 1 or isinstance(part, Reads) else -2 :][:1] != (width,):
-                raise SteerError(f"expected {shown(tensor)} with {'rows' if len(shape) > 1 else 'a width'} of {width}, "
+                raise SteerError(f"expected {quote(tensor)} with {'rows' if len(shape) > 1 else 'a width'} of {width}, "
                                  f"got shape {shape}")  # fmt: skip
             self.tensors[tensor].memory()  # refuses a type that cannot be turned
             if name.endswith("_exps.weight"):
                 experts[name] = experts.get(name, 0) + (shape[0] if len(shape) == 3 else 1)
         count = self.config.get("num_local_experts") or self.config.get("num_experts") or 0
         if not isinstance(count, int):
-            raise FormatError(f"{self.config.path}: expected a number of experts, got {shown(count)}")
+            raise FormatError(f"{self.config.path}: expected a number of experts, got {quote(count)}")
         check_experts(list(experts.items()), count)
         return folded
 

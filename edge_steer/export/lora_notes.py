@@ -9,6 +9,7 @@ from edge_steer.rotation import cos_sin
 from edge_steer.steering import Steering
 
 _ANGLES = (-30, -20, -12, -8, -4, 4, 8, 12, 20, 30, 45, 90, 180)
+_EXAMPLE = 8
 
 
 def scales(degrees: float) -> tuple[float, float]:
@@ -21,8 +22,7 @@ def scales(degrees: float) -> tuple[float, float]:
 # launch_slot_with_task.
 def notes(steering: Steering, model: Path, cos: Path, sin: Path) -> str:
     """Markdown: the pair's scales for common angles, and the command lines that use them."""
-    example = 8
-    c, s = (f"{scale:.7f}" for scale in scales(example))
+    c, s = (f"{scale:.7f}" for scale in scales(_EXAMPLE))
     rows = "\n".join("| {} | {:.7f} | {:.7f} |".format(f"{angle:+d}°", *scales(angle)) for angle in _ANGLES)
     return f"""# {steering.name}
 
@@ -42,7 +42,7 @@ The scales of an angle are cos(angle) − 1 for `{cos.name}` and sin(angle) for 
 llama-cli -m {model.name} --lora-scaled {cos.name}:{c},{sin.name}:{s}
 ```
 
-That is {example:+d}°, for every token, the prompt included.
+That is {_EXAMPLE:+d}°, for every token, the prompt included.
 
 ## llama-server
 

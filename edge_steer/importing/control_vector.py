@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_steer._version import __version__
 from edge_steer.architectures import ARCHITECTURES, MODEL_TYPES
-from edge_steer.errors import FormatError, NoEffectError, SteerError, shown
+from edge_steer.errors import FormatError, NoEffectError, SteerError, quote
 from edge_steer.gguf_metadata import read_gguf
 from edge_steer.gguf_tensors import TensorInfo
 from edge_steer.importing.target import Target
@@ -39,7 +39,7 @@ def import_control_vector(source: Path, target: Target, name: str) -> Steering:
         for key in ("general.architecture", "controlvector.model_hint")
     )
     if kind != "controlvector":
-        raise SteerError(f"{source}: expected a control vector, got a GGUF of architecture {shown(kind)}")
+        raise SteerError(f"{source}: expected a control vector, got a GGUF of architecture {quote(kind)}")
     # repeng writes Hugging Face's model_type, and what others write here nobody reads: only a known name is held to.
     meant = MODEL_TYPES.get(hint, hint)
     if meant in ARCHITECTURES:
@@ -76,7 +76,7 @@ def import_control_vector(source: Path, target: Target, name: str) -> Steering:
 def _site(source: Path, tensor: TensorInfo) -> Site:
     match = re.fullmatch(r"direction\.([1-9]\d{0,5})", tensor.name)
     if match is None:
-        raise FormatError(f"{source}: expected tensors direction.1, direction.2 …, got {shown(tensor.name)}")
+        raise FormatError(f"{source}: expected tensors direction.1, direction.2 …, got {quote(tensor.name)}")
     return Site(int(match[1]), "layer_out")
 
 

@@ -39,20 +39,12 @@ def import_published(plane: Path, target: Target, name: str) -> Steering:
     Raises FormatError if a file is malformed, MismatchError where it is for another model.
     """
     found = _load(plane)
-    pair = found.get("basis")
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise FormatError(f"{plane}: expected two vectors as 'basis', got {_kind(pair)}")
-    b1, b2 = (_vector(plane, f"basis[{number}]", each, target) for number, each in enumerate(pair))
+    basis = _basis(plane, found.get("basis"), target)
     beside = (plane.with_name(name) for name in ("config.json", "metadata.json"))
     config, metadata = (read_json(path) if path.is_file() else {} for path in beside)
     extra = _dict(plane, "extra_info", found.get("extra_info"))
     mask, modules = _mask(plane, extra)
-    _check_directions(plane.with_name("directions.pt"), b1, target)
     steered = _sites(plane, mask, modules, target)
-    try:
-        basis = orthonormal(b1, b2)
-    except ValueError as error:
-        raise FormatError(f"{plane}: {error}") from None
     how = _dict(plane, "steering in config.json", config.get("steering", {}))
     operator = how.get("mode", "standard") if "layer_steering_mask" not in extra else "selective"
     if operator not in _MODES:
@@ -107,6 +99,18 @@ def _load(path: Path) -> dict[str, Any]:
         got = f"a pickle that asks for {code[1]:.80}, which is refused" if code else "something else, or one cut short"
         raise FormatError(f"{path}: expected a calibration of tensors and names, got {got}; fetch it again") from None
     return _dict(path, "a published file", found)
+
+
+def _basis(plane: Path, pair: Any, target: Target) -> NDArray[np.float64]:
+    """The published plane (2, d), orthonormal again; its first vector is looked up among the directions beside it."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise FormatError(f"{plane}: expected two vectors as 'basis', got {_kind(pair)}")
+    b1, b2 = (_vector(plane, f"basis[{number}]", each, target) for number, each in enumerate(pair))
+    _check_directions(plane.with_name("directions.pt"), b1, target)
+    try:
+        return orthonormal(b1, b2)
+    except ValueError as error:
+        raise FormatError(f"{plane}: {error}") from None
 
 
 def _vector(path: Path, what: str, value: Any, target: Target) -> NDArray[np.float64]:

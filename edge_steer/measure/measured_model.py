@@ -55,12 +55,12 @@ class TorchModel:
     def logits(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         import torch
 
-        from edge_steer.runtime.torch_hooks import steered
+        from edge_steer.runtime.torch_hooks import steer
 
         model = self._recorder.model
         ids = torch.tensor([list(tokens)], device=model.device)
         dialled = [(each, self.angles[each.name]) for each in self._steerings]
-        with torch.inference_mode(), steered(model, dialled):
+        with torch.inference_mode(), steer(model, dialled):
             rows: Any = model(ids, use_cache=False).logits[0, start - 1 : -1]
         return np.asarray(rows.float().cpu().numpy())
 

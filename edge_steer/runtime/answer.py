@@ -112,6 +112,18 @@ def stream_pieces(
         )
 
 
+def finish_answer(pieces: Generator[Piece, None, Answer], take: Callable[[Piece], object]) -> Answer:
+    """The whole answer of `pieces`, each of which is given to `take`. Closes them, also where `take` raises."""
+    with closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+            take(piece)
+
+
 def _read(
     llm: SteeredLlama, pieces: Generator[Piece, None, Answer], begun: int, names: Sequence[str]
 ) -> Generator[Piece, None, Answer]:

@@ -93,11 +93,11 @@ class AnsweringLlama(CachedLlama):
 
     def prompt_actions(self, gates: AnswerGates) -> Actions:
         """What acts on a prompt's tokens, but for the last."""
-        return self._angles.scaled(gates.on_prompt)
+        return self._angles.scale(gates.on_prompt)
 
     def gated_actions(self, gates: AnswerGates) -> Actions:
         """What acts on the token that is next."""
-        return self._angles.scaled(gates.factors())
+        return self._angles.scale(gates.factors())
 
     def evaluate_head(self, gates: AnswerGates, tokens: Sequence[int]) -> None:
         """Evaluate a prompt's tokens but for the last one, and let every @when decide."""
@@ -159,7 +159,7 @@ class AnsweringLlama(CachedLlama):
             self._answer, self._answering = answer, False
         try:
             with closing(super().generate(tokens, *args, **kwargs)) as stream:
-                follow = self._continued if self._plain(*args, **kwargs) else self._followed
+                follow = self._continue_answer if self._plain(*args, **kwargs) else self._follow
                 yield from follow(answer, stream)
         except (Exception, KeyboardInterrupt):
             if self._answer is answer:
@@ -192,7 +192,7 @@ class AnsweringLlama(CachedLlama):
         extras = (how.get("stopping_criteria"), how.get("logits_processor"), self.draft_model)
         return not args and not self._logits_all and extras == (None, None, None)
 
-    def _followed(self, answer: object, stream: Stream) -> Stream:
+    def _follow(self, answer: object, stream: Stream) -> Stream:
         """An answer as Llama.generate goes on."""
         sent = None
         while True:
@@ -204,7 +204,7 @@ class AnsweringLlama(CachedLlama):
                     return
             sent = yield token
 
-    def _continued(self, answer: object, stream: Stream) -> Stream:
+    def _continue_answer(self, answer: object, stream: Stream) -> Stream:
         """An answer whose first token is the stream's. As Llama.generate goes on, with fewer calls for each token: a
         decode leaves none of Python in the processor's caches, and each costs ten times what it costs in a loop of its
         own."""

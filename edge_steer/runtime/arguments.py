@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_cpp import Llama
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.model_file import ModelFile
 
 _KNOWN = frozenset(inspect.signature(Llama.__init__).parameters) - {"self", "model_path", "kwargs"}
@@ -31,7 +31,7 @@ def check_arguments(file: ModelFile, given: dict[str, Any]) -> None:
     try:
         str(file.path).encode()
     except UnicodeEncodeError:
-        raise SteerError(f"expected a model path in UTF-8, got {shown(str(file.path))}; rename the file") from None
+        raise SteerError(f"expected a model path in UTF-8, got {quote(str(file.path))}; rename the file") from None
     if file.metadata.get("tokenizer.ggml.model") in _NO_VOCABULARY:
         raise SteerError(f"{file.path}: expected a model with a vocabulary, got one without; convert it again")
 

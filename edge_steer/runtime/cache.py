@@ -109,7 +109,7 @@ class CacheStamps:
         if not wanted.gated:
             fits = stamps == plain
         else:
-            fits = np.isin(stamps, [number for state, number in self._numbers.items() if _written(state, wanted)])
+            fits = np.isin(stamps, [number for state, number in self._numbers.items() if _may_bear(state, wanted)])
             if shared == len(stamps) == length:
                 fits[-1:] = stamps[-1:] == self._numbers.get(wanted.last, -1)
         keep = shared if fits.all() else int(np.flatnonzero(~fits)[0])
@@ -140,6 +140,6 @@ def _digest(acting: Collection[str]) -> str:
     return hashlib.sha256("\n".join(acting).encode()).hexdigest() if acting else ""
 
 
-def _written(state: State, wanted: Wanted) -> bool:
+def _may_bear(state: State, wanted: Wanted) -> bool:
     """Whether a token in a prompt may bear `state`: one of the prompt, or of an answer that was written earlier."""
     return state.always == wanted.prompt.always and state.gated <= wanted.gated

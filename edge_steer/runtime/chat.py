@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, stream_pieces
+from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, finish_answer, stream_pieces
 from edge_steer.runtime.hooked_llama import Message
 from edge_steer.runtime.llama import SteeredLlama
 
@@ -44,14 +44,7 @@ def generate_answer(
     llm: SteeredLlama, messages: Sequence[Message], sampling: Sampling, say: Callable[[Piece], object] = silent
 ) -> Answer:
     """The answer to a chat, whole. say: told each piece that has text."""
-    stream = stream_answer(llm, messages, sampling)
-    with closing(stream):
-        while True:
-            try:
-                say(next(stream))
-            except StopIteration as end:
-                found: Answer = end.value
-                return found
+    return finish_answer(stream_answer(llm, messages, sampling), say)
 
 
 @dataclass

@@ -62,7 +62,7 @@ class Dials(MutableMapping[str, "float | None"]):
         """What each steering does now, in order; the same tuple until a dial is set."""
         return self._actions
 
-    def scaled(self, factors: tuple[float, ...]) -> tuple[Action | None, ...]:
+    def scale(self, factors: tuple[float, ...]) -> tuple[Action | None, ...]:
         """What each does with its dial multiplied by a factor from 0, which is off, to 1; the same tuple for the same
         dials and factors, asked for again."""
         if self._scaled[0] is not self._actions or self._scaled[1] != factors:

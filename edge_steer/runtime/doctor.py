@@ -35,9 +35,9 @@ def examine_build() -> dict[str, Any]:
         "llama.cpp": features,
         "gpu offload": bool(llama_cpp.llama_supports_gpu_offload()),
         "native hook": "loaded, tensor layout checked",
-        "torch": _installed("torch"),
-        "transformers": _installed("transformers"),
-        "matplotlib": _installed("matplotlib"),
+        "torch": _find_version("torch"),
+        "transformers": _find_version("transformers"),
+        "matplotlib": _find_version("matplotlib"),
         "executable": sys.executable,
     }
 
@@ -71,7 +71,7 @@ def _standing() -> str:
     return "tested" if same else f"has what is relied on; tested was {TESTED}"
 
 
-def _installed(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return None
     from importlib.metadata import version

@@ -66,14 +66,14 @@ class Place:
     def behind(cls, prompt: bytes, marker: Marker | None) -> Place:
         """Where an answer begins. prompt: the prompt's end, from where the model's turn begins: a template may open
         the thinking there, or close it."""
-        place = cls(marker, "before" if marker else "after", begun=True, tail=b"")._passed(prompt)
+        place = cls(marker, "before" if marker else "after", begun=True, tail=b"")._pass_markers(prompt)
         return replace(place, begun=False, tail=b"")
 
-    def fed(self, piece: bytes) -> Place:
+    def feed(self, piece: bytes) -> Place:
         """Where the answer is behind the next piece of its text."""
-        return self._passed(self.tail + piece)._looked()
+        return self._pass_markers(self.tail + piece)._look()
 
-    def _passed(self, text: bytes) -> Place:
+    def _pass_markers(self, text: bytes) -> Place:
         """Behind every marker that is whole in `text`."""
         place = self
         while (found := place._next(text)) is not None:
@@ -98,7 +98,7 @@ class Place:
             return end, replace(self, thinking="after" if inside else "inside")
         return end, replace(self, thinking="inside" if inside else "after", call=closes or _TO_THE_END, begun=True)
 
-    def _looked(self) -> Place:
+    def _look(self) -> Place:
         """With what the answer's first characters show."""
         place = self
         head = self.tail.lstrip()
@@ -143,7 +143,7 @@ class AnswerGates:
         """Go on to the step that evaluates the answer's next token. piece: its text. readings: of the step before."""
         last = self._steps[-1]
         counts = tuple(count + _counts(gate, last.place) for gate, count in zip(self.gates, last.counts, strict=True))
-        place = last.place.fed(piece) if self.reads_text else last.place
+        place = last.place.feed(piece) if self.reads_text else last.place
         held = last.held
         if self.runs and readings:
             held = tuple(_still(gate, was, readings) for gate, was in zip(self.gates, held, strict=True))

@@ -34,7 +34,7 @@ class Gates(MutableMapping[str, "Gate | None"]):
         return self._values[name]
 
     def __setitem__(self, name: str, value: Gate | str | None) -> None:
-        self._values[name] = self.checked(name, value)
+        self._values[name] = self.check(name, value)
 
     def __delitem__(self, name: str) -> None:
         raise SteerError(f"a gate cannot be removed; set gates[{name!r}] = None to be without")
@@ -48,7 +48,7 @@ class Gates(MutableMapping[str, "Gate | None"]):
     def __repr__(self) -> str:
         return repr({name: None if gate is None else str(gate) for name, gate in self._values.items()})
 
-    def checked(self, name: str, value: Gate | str | None) -> Gate | None:
+    def check(self, name: str, value: Gate | str | None) -> Gate | None:
         """The gate that `value` is, for the steering `name`. Raises SteerError where it cannot be one."""
         self._demand(name)
         gate = Gate.parse(value) if isinstance(value, str) else value
@@ -71,7 +71,7 @@ class Gates(MutableMapping[str, "Gate | None"]):
 
     def set(self, values: Mapping[str, Gate | str | None]) -> None:
         """Set several, or none of them where one cannot be."""
-        self._values |= {name: self.checked(name, value) for name, value in values.items()}
+        self._values |= {name: self.check(name, value) for name, value in values.items()}
 
     def in_answer(self, scope: Scope) -> tuple[Gate | None, ...]:
         """The gate of each steering in an answer, in order; () where there is none."""

@@ -182,7 +182,7 @@ class HookedLlama(Llama):  # type: ignore[misc]
     def longer(self) -> str:
         """What to do about a text that is longer than the context."""
         trained = int(self._model.n_ctx_train())
-        return "raise --ctx or shorten it" if trained > self.n_ctx() else f"shorten it: the model takes {trained}"
+        return "raise --ctx or quote it" if trained > self.n_ctx() else f"quote it: the model takes {trained}"
 
     # --- sampling ---------------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL:
     if lib.steer_abi() != ABI:
         raise MismatchError(f"expected the native library's ABI {ABI}, found {lib.steer_abi()}; {_AGAIN}")
     lib.steer_fields.restype = POINTER(_Field)
-    rows = _reported(lib)
+    rows = _read_layouts(lib)
     for name in {*rows, *_STRUCTURES, *_BEHIND_FUNCTIONS}:
         _structure(name, rows.get(name, []))
     lib.steer_new.argtypes = [
@@ -116,7 +116,7 @@ def library() -> ctypes.CDLL:
 def bound_ggml() -> ctypes.Structure:
     """struct steer_ggml: what the hook knows of ggml. Raises MismatchError if llama.cpp is not as it is known."""
     compatibility.check()
-    rows = _reported(library())
+    rows = _read_layouts(library())
     turn = ctypes.cast(library().steer_in_graph, c_void_p).value or 0
     custom = ggml.custom_operator(turn)
     graph = GraphGgml(
@@ -152,7 +152,7 @@ def _find() -> Path:
     raise SteerError("edge-steer's native library is not built; install it with: pip install .")
 
 
-def _reported(lib: ctypes.CDLL) -> dict[str, _Rows]:
+def _read_layouts(lib: ctypes.CDLL) -> dict[str, _Rows]:
     """How the library lays out each structure that is filled here."""
     rows: dict[str, _Rows] = {}
     for row in lib.steer_fields():

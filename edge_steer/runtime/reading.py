@@ -158,7 +158,7 @@ class TokenReadings:
         unread = np.full(count, np.nan, np.float32)
         return self._values[name][:count].copy() if name in self._values else unread
 
-    def known(self, names: Iterable[str], count: int) -> int:
+    def count_known(self, names: Iterable[str], count: int) -> int:
         """How many of the first `count` cached tokens have been read for all of `names`."""
         unread = [np.isnan(self.first(name, count)) for name in names]
         return min((int(each.argmax()) if each.any() else count for each in unread), default=count)
@@ -184,7 +184,7 @@ def cut_unread(llm: SteeredLlama, tokens: Sequence[int], names: Iterable[str]) -
     """Forget the cached tokens from the first on that an answer to `tokens` must not use, or that was not read."""
     llm.cut_cache(tokens, llm.usable_in(tokens, llm.open_gates(tokens)))
     shared = llm.shared(tokens)
-    known = llm.token_readings.known(names, shared)
+    known = llm.token_readings.count_known(names, shared)
     if known < len(tokens) or llm.n_tokens > len(tokens):
         llm.keep(known)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from contextlib import closing
 from dataclasses import replace
 
 from edge_steer.errors import SteerError
-from edge_steer.runtime.answer import Answer, Piece
+from edge_steer.runtime.answer import Answer, Piece, finish_answer
 from edge_steer.runtime.chat import Chat
 from edge_steer.runtime.transcript import save_transcript
 from edge_steer.user_path import user_path
@@ -99,27 +98,25 @@ class Repl:
     def _answer(self, pieces: Generator[Piece, None, Answer]) -> None:
         """Say an answer as it comes, and end its line, also where it is stopped."""
         begun = False
-        with closing(pieces):
-            try:
-                while True:
-                    try:
-                        piece = next(pieces)
-                    except StopIteration as end:
-                        answer: Answer = end.value
-                        break
-                    begun = True
-                    self.say(self.show(piece))
+
+        def say(piece: Piece) -> None:
+            nonlocal begun
+            begun = True
+            self.say(self.show(piece))
+
+        try:
+            answer = finish_answer(pieces, say)
+            self.say("\n")
+            if not begun:
+                self.note("the answer is empty: the model ended it with its first token")
+            elif answer.readings and (line := self.sum_up(answer)):
+                self.note(line)
+        except KeyboardInterrupt:
+            if begun:
                 self.say("\n")
-                if not begun:
-                    self.note("the answer is empty: the model ended it with its first token")
-                elif answer.readings and (line := self.sum_up(answer)):
-                    self.note(line)
-            except KeyboardInterrupt:
-                if begun:
-                    self.say("\n")
-                else:
-                    self.note("")  # the terminal shows ^C where the answer would stand
-                raise
+            else:
+                self.note("")  # the terminal shows ^C where the answer would stand
+            raise
 
     def _angle(self, rest: str) -> None:
         if not self.dials:

@@ -22,7 +22,7 @@ from edge_steer.steering import Steering
 
 
 @contextmanager
-def steered(model: Any, steerings: Sequence[tuple[Steering, float | None]]) -> Iterator[None]:
+def steer(model: Any, steerings: Sequence[tuple[Steering, float | None]]) -> Iterator[None]:
     """While the block runs, the transformers `model` is steered at every token, by each (steering, dial) in order.
 
     A dial of None is off. Raises MismatchError if a steering is not for this model, NoEffectError where the model

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
+from edge_steer.gate import Gate
 from edge_steer.json_file import read_json
 from edge_steer.runtime.chat import Chat
 from edge_steer.runtime.hooked_llama import Message
@@ -20,10 +21,12 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Transcript:
-    """messages: each with a role and its content, the system prompt first if there is one. angles: the dials."""
+    """messages: each with a role and its content, the system prompt first if there is one. angles: the dials. gates:
+    when each steering acted; a steering that is not named keeps the gate that it has."""
 
     messages: tuple[Message, ...]
     angles: dict[str, float | None]
+    gates: dict[str, Gate | None] = field(default_factory=dict)
 
 
 def save_transcript(chat: Chat, path: Path) -> None:
@@ -33,6 +36,7 @@ def save_transcript(chat: Chat, path: Path) -> None:
     record = {
         "model": Path(chat.llm.model_path).name,
         "angles": dict(chat.llm.angles),
+        "gates": {name: None if gate is None else str(gate) for name, gate in chat.llm.gates.items()},
         "scope": chat.llm.scope,
         "messages": chat.messages(),
     }
@@ -47,15 +51,16 @@ def read_transcript(path: Path) -> Transcript:
     record = read_json(path)
     messages = record.get("messages")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise FormatError(f"{path}: expected messages, each with a role and text as its content, got {shown(messages)}")
+        raise FormatError(f"{path}: expected messages, each with a role and text as its content, got {quote(messages)}")
     roles = [each["role"] for each in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise FormatError(f"{path}: expected questions and answers in turn, got the roles {shown(roles)}")
+        raise FormatError(f"{path}: expected questions and answers in turn, got the roles {quote(roles)}")
     angles = record.get("angles", {})
     if not isinstance(angles, dict) or not all(_is_dial(each) for each in angles.values()):
-        raise FormatError(f"{path}: expected angles by name, got {shown(angles)}")
-    return Transcript(tuple(messages), {name: None if dial is None else float(dial) for name, dial in angles.items()})
+        raise FormatError(f"{path}: expected angles by name, got {quote(angles)}")
+    dials = {name: None if dial is None else float(dial) for name, dial in angles.items()}
+    return Transcript(tuple(messages), dials, _gates(path, record.get("gates", {})))
 
 
 def resume(chat: Chat, transcript: Transcript) -> None:
@@ -78,6 +83,15 @@ def save_beside(chat: Chat) -> str:
     except SteerError:
         save_transcript(chat, path := Path(tempfile.gettempdir()) / name)
     return f"the conversation up to its last answer is kept; go on with: edge-steer chat --resume {path} …"
+
+
+def _gates(path: Path, given: Any) -> dict[str, Gate | None]:
+    if not isinstance(given, dict) or not all(each is None or isinstance(each, str) for each in given.values()):
+        raise FormatError(f"{path}: expected gates by name, got {quote(given)}")
+    try:
+        return {name: Gate.parse(each) if each else None for name, each in given.items()}
+    except SteerError as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
 def _is_message(value: Any) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.export.adapter_label import COS, SIN, WHOLE, AdapterLabel, read_label
 from edge_steer.export.lora_notes import scales
 from edge_steer.export.readers import check_linear
@@ -56,20 +56,20 @@ class Served:
         if not off and not held:
             raise BadRequest(
                 "steering",
-                f"expected {self.dial:g} or off for {shown(steering.name)}, got {dial:g}: llama-server has one adapter "
+                f"expected {self.dial:g} or off for {quote(steering.name)}, got {dial:g}: llama-server has one adapter "
                 "of that dial; export a pair for any angle",
             )
         return {self.cos: 0.0 if off else 1.0}
 
 
-def listed(body: Any) -> list[Listed]:
+def parse_list(body: Any) -> list[Listed]:
     """The adapters that GET /lora-adapters told of. Raises SteerError if it is no such list."""
     try:
         return [
             Listed(int(each["id"]), str(each["path"]), float(each["scale"]), _label(str(each["path"]))) for each in body
         ]
     except (TypeError, KeyError, ValueError):
-        raise SteerError(f"expected a list of adapters from /lora-adapters, got {shown(body)}") from None
+        raise SteerError(f"expected a list of adapters from /lora-adapters, got {quote(body)}") from None
 
 
 def match(
@@ -82,12 +82,12 @@ def match(
     for steering in steerings:
         check_linear(steering)
         if not found:
-            raise SteerError(f"expected adapters for {shown(steering.name)}, got a llama-server with none; {HOW}")
+            raise SteerError(f"expected adapters for {quote(steering.name)}, got a llama-server with none; {HOW}")
         ids = named.pop(steering.name, None)
-        matched[steering.name] = _given(steering, by_id, ids) if ids else _found(steering, found)
+        matched[steering.name] = _take_given(steering, by_id, ids) if ids else _find(steering, found)
     if named:
         names = ", ".join(each.name for each in steerings)
-        raise SteerError(f"expected --adapter of a steering among {names}, got {shown(next(iter(named)))}")
+        raise SteerError(f"expected --adapter of a steering among {names}, got {quote(next(iter(named)))}")
     _check_apart(matched)
     return matched
 
@@ -99,7 +99,7 @@ def parse_order(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
         name, equals, numbers = argument.rpartition("=")
         ids = tuple(int(each) for each in numbers.split(",") if each.strip().isdecimal())
         if not equals or not 1 <= len(ids) <= 2 or len(ids) != len(numbers.split(",")) or name in found:
-            raise SteerError(f"expected --adapter NAME=COS,SIN (or NAME=ID), once a name, got {shown(argument)}")
+            raise SteerError(f"expected --adapter NAME=COS,SIN (or NAME=ID), once a name, got {quote(argument)}")
         found[name] = ids
     return found
 
@@ -132,37 +132,37 @@ def _is_of(steering: Steering, label: AdapterLabel | None) -> bool:
     return label.fingerprint == steering.fingerprint if label.fingerprint else label.steering == steering.name
 
 
-def _found(steering: Steering, found: Sequence[Listed]) -> Served:
+def _find(steering: Steering, found: Sequence[Listed]) -> Served:
     """The adapters whose labels say that they are `steering`'s."""
     mine = [each for each in found if _is_of(steering, each.label)]
     parts = {part: [each for each in mine if each.label and each.label.part == part] for part in (COS, SIN, WHOLE)}
     twice = [part for part in parts if len(parts[part]) > 1]
     if twice:
         names = ", ".join(each.name for each in parts[twice[0]])
-        raise SteerError(f"expected one {twice[0]} adapter of {shown(steering.name)}, got {names}; use --adapter")
+        raise SteerError(f"expected one {twice[0]} adapter of {quote(steering.name)}, got {names}; use --adapter")
     if parts[COS] and parts[SIN]:
         return Served(parts[COS][0].id, parts[SIN][0].id)
     if parts[COS] or parts[SIN]:
         got = (parts[COS] or parts[SIN])[0].name
-        raise SteerError(f"expected both cos and sin adapters of {shown(steering.name)}, got {got} alone; {HOW}")
+        raise SteerError(f"expected both cos and sin adapters of {quote(steering.name)}, got {got} alone; {HOW}")
     if parts[WHOLE]:
         whole = parts[WHOLE][0]
         return Served(whole.id, None, whole.label.dial if whole.label else math.nan)
     for each in found:
         if each.label and each.label.steering == steering.name and each.label.fingerprint:
             raise SteerError(
-                f"{each.name} was exported from another steering called {shown(steering.name)} than the file given: "
+                f"{each.name} was exported from another steering called {quote(steering.name)} than the file given: "
                 "export that file, and start llama-server with what it writes"
             )
     names = ", ".join(f"{each.id} {each.name}" for each in found)
     example = ",".join(str(each.id) for each in found[:2])
     raise SteerError(
-        f"expected adapters of {shown(steering.name)}, got {names}, which do not say that they are its; if they are, "
+        f"expected adapters of {quote(steering.name)}, got {names}, which do not say that they are its; if they are, "
         f"tell which by --adapter {steering.name}={example} (cos before sin)"
     )
 
 
-def _given(steering: Steering, by_id: Mapping[int, Listed], ids: tuple[int, ...]) -> Served:
+def _take_given(steering: Steering, by_id: Mapping[int, Listed], ids: tuple[int, ...]) -> Served:
     """The adapters that --adapter names, held against their labels."""
     missing = [id for id in ids if id not in by_id]
     if missing:
@@ -171,12 +171,12 @@ def _given(steering: Steering, by_id: Mapping[int, Listed], ids: tuple[int, ...]
     for id, label in zip(ids, labels, strict=True):
         if label and label.fingerprint and not _is_of(steering, label):
             raise SteerError(
-                f"adapter {id} ({by_id[id].name}) was exported from another steering than {shown(steering.name)}"
+                f"adapter {id} ({by_id[id].name}) was exported from another steering than {quote(steering.name)}"
             )
     parts = [label.part if label else None for label in labels]
     if len(ids) == 2 and (parts[0] == SIN or parts[1] == COS):
         raise SteerError(
-            f"adapter {ids[0]} is the sin of {shown(steering.name)} and {ids[1]} its cos: write --adapter "
+            f"adapter {ids[0]} is the sin of {quote(steering.name)} and {ids[1]} its cos: write --adapter "
             f"{steering.name}={ids[1]},{ids[0]}"
         )
     if len(ids) == 1 and parts[0] in (COS, SIN):
@@ -194,6 +194,6 @@ def _check_apart(matched: Mapping[str, Served]) -> None:
     for name, served in matched.items():
         for id in (served.cos, served.sin):
             if id is not None and owners.setdefault(id, name) != name:
-                raise SteerError(f"adapter {id} is both {shown(owners[id])}'s and {shown(name)}'s; use --adapter")
+                raise SteerError(f"adapter {id} is both {quote(owners[id])}'s and {quote(name)}'s; use --adapter")
             if id is not None and served.cos == served.sin:
-                raise SteerError(f"expected two adapters for {shown(name)}, got {id} twice")
+                raise SteerError(f"expected two adapters for {quote(name)}, got {id} twice")

@@ -32,10 +32,10 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
     app = FastAPI(title="edge-steer", version=__version__, docs_url=None, redoc_url=None)
     for part in (chat_completions, completions, steering_routes, models, ollama, llama_server):
         app.include_router(part.routes(service))
-    return guarded(app, rules)
+    return guard_app(app, rules)
 
 
-def guarded(app: FastAPI, rules: Rules) -> ASGIApp:
+def guard_app(app: FastAPI, rules: Rules) -> ASGIApp:
     """An application with the page, errors in OpenAI's form, and the guard before it."""
     add_page(app)
     add_error_handlers(app)

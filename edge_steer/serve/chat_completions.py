@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 from edge_steer.runtime.answer import TokenChoice
 from edge_steer.serve.fields import ChatRequest
 from edge_steer.serve.service import Ended, Event, Said, Service
-from edge_steer.serve.shapes import answer_readings, applied, choice_detail, head, token_readings, usage
-from edge_steer.serve.streaming import PING, collected, data, event_stream
+from edge_steer.serve.shapes import answer_readings, applied_steering, choice_detail, head, token_readings, usage
+from edge_steer.serve.streaming import PING, collect, data, event_stream
 from edge_steer.serve.structured import format_grammar
 from edge_steer.serve.tools import ToolForm, tool_form
 from edge_steer.serve.worker import Ping, Ticket
@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         if asked.stream:
             return event_stream(_chunks(service, ticket, asked, form, top), ticket)
         answers = [ChatAnswer(service, form) for _ in prompts]
-        await collected(request, ticket, service.events(ticket), lambda event: take(answers, event))
+        await collect(request, ticket, service.events(ticket), lambda event: take(answers, event))
         choices = [answer.choice(index, asked) for index, answer in enumerate(answers)]
         body = {**top, "choices": choices, "usage": usage([each.ended for each in answers])}
         return JSONResponse(body, headers={"X-Request-Id": ticket.id})
@@ -117,7 +117,7 @@ async def _chunks(
                 yield PING
             elif isinstance(event, Said):
                 shown = answers[event.index].add(event)
-                top = {**top, "steering": applied(event.dials, ticket.gates)}
+                top = {**top, "steering": applied_steering(event.dials, ticket.gates)}
                 told = _log_probabilities(service, [event.piece.choice]) if event.piece.choice else None
                 read = token_readings(event.piece)
                 if shown or told or read:

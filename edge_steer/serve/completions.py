@@ -14,7 +14,7 @@ from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import CompletionRequest
 from edge_steer.serve.service import Ended, Event, Said, Service
 from edge_steer.serve.shapes import answer_readings, head, token_bytes, token_readings, usage
-from edge_steer.serve.streaming import PING, collected, data, event_stream
+from edge_steer.serve.streaming import PING, collect, data, event_stream
 from edge_steer.serve.worker import Ping, Ticket
 
 MOST_PROMPTS = 64
@@ -49,7 +49,7 @@ def routes(service: Service) -> APIRouter:
             elif isinstance(event, Ended):
                 ended[event.index] = event
 
-        await collected(request, ticket, service.events(ticket), take)
+        await collect(request, ticket, service.events(ticket), take)
         choices = [
             _choice(
                 index,
@@ -78,7 +78,7 @@ async def text_prompts(service: Service, asked: CompletionRequest) -> list[list[
     if asked.suffix:
         return [await _infill(service, each, asked.suffix) for each in several]
     return [
-        await service.text_prompt(each) if isinstance(each, str) else service.checked(list(each), "prompt")
+        await service.text_prompt(each) if isinstance(each, str) else service.check_tokens(list(each), "prompt")
         for each in several
     ]
 
@@ -93,7 +93,7 @@ async def _infill(service: Service, prompt: Any, suffix: str) -> list[int]:
         )
     tokenize = service.llm.tokenize
     before, behind = (list(tokenize(text.encode(), add_bos=False, special=False)) for text in (prompt, suffix))
-    return service.checked([begin, *before, end, *behind, middle], "prompt")
+    return service.check_tokens([begin, *before, end, *behind, middle], "prompt")
 
 
 def _choice(index: int, text: str, finish: str | None, told: Any = None, **more: Any) -> dict[str, Any]:

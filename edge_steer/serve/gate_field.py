@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edge_steer.errors import shown
+from edge_steer.errors import quote
 from edge_steer.gate import Gate, split_gate
 from edge_steer.runtime.gates_by_name import Gates
 
@@ -35,7 +35,7 @@ def split_alias(name: str) -> tuple[str, str]:
 def read_gates(given: Mapping[str, Any], gates: Gates) -> dict[str, Gate | None]:
     """The gates that a request gives, "" and None for none. Raises SteerError where the model cannot have one."""
     return {
-        name: gates.checked(name, None if text in (None, "") else text if isinstance(text, str) else shown(text))
+        name: gates.check(name, None if text in (None, "") else text if isinstance(text, str) else quote(text))
         for name, text in given.items()
     }
 

@@ -18,9 +18,9 @@ from edge_steer.runtime.answer import TokenChoice
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import Common, Message, Strict, Token, Tool
 from edge_steer.serve.service import Begun, Ended, Event, Said, Service
-from edge_steer.serve.shapes import applied, choice_detail
+from edge_steer.serve.shapes import applied_steering, choice_detail
 from edge_steer.serve.steering_field import Dial
-from edge_steer.serve.streaming import PING, collected, data, event_stream
+from edge_steer.serve.streaming import PING, collect, data, event_stream
 from edge_steer.serve.structured import schema_grammar
 from edge_steer.serve.worker import Ping, Ticket
 
@@ -59,7 +59,9 @@ def routes(service: Service) -> APIRouter:
         """Text that goes on from a prompt, which stands as it is."""
         dials = service.dials_of(asked)
         given = asked.prompt
-        prompt = await service.text_prompt(given) if isinstance(given, str) else service.checked(list(given), "prompt")
+        prompt = (
+            await service.text_prompt(given) if isinstance(given, str) else service.check_tokens(list(given), "prompt")
+        )
         if asked.n_predict is not None:
             asked = asked.model_copy(update={"max_tokens": asked.n_predict})
         more: dict[str, Any] = {"log_probabilities": asked.n_probs or None}
@@ -72,7 +74,7 @@ def routes(service: Service) -> APIRouter:
         telling = _Telling(service, ticket, asked)
         if asked.stream:
             return event_stream(_chunks(service, telling), ticket, last=b"")
-        await collected(request, ticket, service.events(ticket), telling.take)
+        await collect(request, ticket, service.events(ticket), telling.take)
         return JSONResponse(telling.whole() if telling.ended else {}, headers={"X-Request-Id": ticket.id})
 
     @router.post("/tokenize", response_model=None)
@@ -162,7 +164,7 @@ class _Telling:
             "content": text,
             "tokens": [],
             "id_slot": 0,
-            "steering": applied(self.dials, self.ticket.gates),
+            "steering": applied_steering(self.dials, self.ticket.gates),
         }
         return {**found, "completion_probabilities": told} if told else found
 

@@ -23,11 +23,11 @@ from edge_steer.serve.completions import text_prompts
 from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import ChatRequest, Common, Strict
 from edge_steer.serve.ollama_fields import OllamaChat, OllamaGenerate
-from edge_steer.serve.ollama_models import listed, names, now, shown
+from edge_steer.serve.ollama_models import describe_model, list_model, names, now
 from edge_steer.serve.service import Begun, Ended, Event, Said, Service
-from edge_steer.serve.shapes import applied
+from edge_steer.serve.shapes import applied_steering
 from edge_steer.serve.steering_field import Dial
-from edge_steer.serve.streaming import collected
+from edge_steer.serve.streaming import collect
 from edge_steer.serve.structured import format_grammar
 from edge_steer.serve.tools import ToolForm, tool_form
 from edge_steer.serve.worker import Ticket
@@ -75,25 +75,25 @@ def routes(service: Service) -> APIRouter:
     @router.get("/api/tags", response_model=None)
     async def tags() -> dict[str, Any]:
         """The model and its aliases, each with its dials."""
-        return {"models": [listed(service, name) for name in names(service)]}
+        return {"models": [list_model(service, name) for name in names(service)]}
 
     @router.get("/api/ps", response_model=None)
     async def running() -> dict[str, Any]:
         more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.llm.n_ctx()}
-        return {"models": [{**listed(service, service.name), **more}]}
+        return {"models": [{**list_model(service, service.name), **more}]}
 
     @router.post("/api/show", response_model=None)
     async def show(asked: ModelNamed) -> dict[str, Any]:
         name = (asked.model or asked.name or "").removesuffix(":latest")
         if name not in names(service):
             raise ApiError(404, f"model {name[:80]!r} not found; /api/tags lists what there is")
-        return shown(service)
+        return describe_model(service)
 
     @router.post("/api/chat", response_model=None)
     async def chat(asked: OllamaChat, request: Request) -> Response:
         """The next message of a chat."""
         if not asked.messages:
-            return _loaded(service, asked.model, {"message": {"role": "assistant", "content": ""}})
+            return _answer_loaded(service, asked.model, {"message": {"role": "assistant", "content": ""}})
         return await _chat(service, request, asked.as_chat(), _message)
 
     @router.post("/api/generate", response_model=None)
@@ -102,7 +102,7 @@ def routes(service: Service) -> APIRouter:
         if asked.images:
             raise ApiError(400, "expected text alone, got images")
         if not asked.prompt:
-            return _loaded(service, asked.model, {"response": ""})
+            return _answer_loaded(service, asked.model, {"response": ""})
         if not asked.is_text:
             return await _chat(service, request, asked.as_chat(), _response)
         text = asked.as_text()
@@ -177,7 +177,11 @@ class _Lines:
         return self.last()
 
     def _line(self, text: str, calls: list[dict[str, Any]], *, done: bool) -> dict[str, Any]:
-        head = {"model": self.asked.model, "created_at": now(), "steering": applied(self.dials, self.ticket.gates)}
+        head = {
+            "model": self.asked.model,
+            "created_at": now(),
+            "steering": applied_steering(self.dials, self.ticket.gates),
+        }
         return {**head, **self.content(text, calls), "done": done}
 
 
@@ -196,12 +200,12 @@ async def _chat(service: Service, request: Request, asked: ChatRequest, content:
 async def _answer(service: Service, request: Request, asked: Common, lines: _Lines) -> Response:
     headers = {"X-Request-Id": lines.ticket.id}
     if asked.stream:
-        return StreamingResponse(_streamed(service, lines), headers=headers, media_type="application/x-ndjson")
-    await collected(request, lines.ticket, service.events(lines.ticket), lines.take)
+        return StreamingResponse(_stream(service, lines), headers=headers, media_type="application/x-ndjson")
+    await collect(request, lines.ticket, service.events(lines.ticket), lines.take)
     return JSONResponse(lines.whole() if lines.answer.ended else {}, headers=headers)  # {}: the client has gone
 
 
-async def _streamed(service: Service, lines: _Lines) -> AsyncIterator[bytes]:
+async def _stream(service: Service, lines: _Lines) -> AsyncIterator[bytes]:
     try:
         async with aclosing(service.events(lines.ticket)) as events:  # type: ignore[type-var]
             async for event in events:
@@ -229,7 +233,7 @@ def _response(text: str, _: list[dict[str, Any]]) -> dict[str, Any]:
     return {"response": text}
 
 
-def _loaded(service: Service, model: str, content: dict[str, Any]) -> Response:
+def _answer_loaded(service: Service, model: str, content: dict[str, Any]) -> Response:
     """A request without a prompt asks for the model to be loaded."""
     return JSONResponse({"model": model, "created_at": now(), **content, "done": True, "done_reason": "load"})
 

@@ -19,7 +19,7 @@ def names(service: Service) -> list[str]:
     return [service.name, *aliases(service.name, service.llm.steerings)]
 
 
-def listed(service: Service, name: str) -> dict[str, Any]:
+def list_model(service: Service, name: str) -> dict[str, Any]:
     size = Path(service.llm.model_path).stat().st_size
     digest = hashlib.sha256(f"{name} {size}".encode()).hexdigest()  # of no file: it tells one name from another
     modified = datetime.fromtimestamp(service.created, timezone.utc).isoformat()
@@ -39,7 +39,7 @@ def _details(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shown(service: Service) -> dict[str, Any]:
+def describe_model(service: Service) -> dict[str, Any]:
     source = service.llm.chat_template.source or ""
     family = str(service.llm.metadata.get("general.architecture", ""))
     info = {

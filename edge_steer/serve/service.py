@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import anyio
 
 from edge_steer.errors import SteerError
 from edge_steer.gate import Gate
-from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, stream_pieces
+from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, finish_answer, stream_pieces
 from edge_steer.runtime.chat import chat_sampling
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.serve.errors import ApiError
@@ -118,6 +118,13 @@ class Service:
             given["read"] = self._read()
         return replace(self.sampling, **given, **more)
 
+    def readable(self) -> tuple[str, ...]:
+        """The names of all steerings, if they can be read; one that cannot keeps the others from it."""
+        try:
+            return self._read()
+        except ApiError:
+            return ()
+
     def _read(self) -> tuple[str, ...]:
         """The names of all steerings, which a request wants read."""
         names = tuple(each.name for each in self.llm.steerings)
@@ -142,17 +149,17 @@ class Service:
         """Tokens of a chat; `more` is for the template. Raises ApiError if it cannot be rendered or has no room."""
 
         def render() -> list[int]:
-            return self.llm.text_tokens(self._rendered(messages, more))
+            return self.llm.text_tokens(self._render(messages, more))
 
-        return await self._prepared(render, "messages")
+        return await self._prepare(render, "messages")
 
     async def chat_text(self, messages: Sequence[Message], **more: Any) -> str:
         """The text of a chat. Raises ApiError if it cannot be rendered."""
-        return await self.on_vocabulary(lambda: self._rendered(messages, more), "messages")
+        return await self.on_vocabulary(lambda: self._render(messages, more), "messages")
 
     async def text_prompt(self, text: str) -> list[int]:
         """Tokens of a text as it stands, with the BOS that the model wants."""
-        return await self._prepared(lambda: self.llm.tokenize(text.encode(), add_bos=True, special=True), "prompt")
+        return await self._prepare(lambda: self.llm.tokenize(text.encode(), add_bos=True, special=True), "prompt")
 
     async def on_vocabulary(self, work: Callable[[], T], param: str = "content") -> T:
         """What `work` finds, on a thread beside the model's. Raises ApiError, of the field `param`, for SteerError."""
@@ -166,13 +173,13 @@ class Service:
         except SteerError as error:
             raise ApiError(400, str(error), param=param) from None
 
-    async def _prepared(self, render: Callable[[], list[int]], param: str) -> list[int]:
-        return self.checked(list(await self.on_vocabulary(render, param)), param)
+    async def _prepare(self, render: Callable[[], list[int]], param: str) -> list[int]:
+        return self.check_tokens(list(await self.on_vocabulary(render, param)), param)
 
-    def _rendered(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
+    def _render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
         return self.llm.chat_template.render([for_template(each) for each in messages], **more)
 
-    def checked(self, tokens: list[int], param: str) -> list[int]:
+    def check_tokens(self, tokens: list[int], param: str) -> list[int]:
         """`tokens`, if they are the vocabulary's and leave room for an answer. Raises ApiError."""
         try:
             check_room(self.llm, tokens)
@@ -223,17 +230,12 @@ class Service:
             yield event
 
 
-def _follow(pieces: Any, llm: SteeredLlama, ticket: Ticket, index: int) -> Answer:
+def _follow(pieces: Generator[Piece, None, Answer], llm: SteeredLlama, ticket: Ticket, index: int) -> Answer:
     """Tell an answer's pieces as they come; between two, its dials may move and it may be cancelled."""
-    try:
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
-            if piece.text or piece.choice or piece.readings:
-                ticket.tell(Said(index, piece, dict(llm.angles)))
-            ticket.turn(llm)
-    finally:
-        pieces.close()
+
+    def tell(piece: Piece) -> None:
+        if piece.text or piece.choice or piece.readings:
+            ticket.tell(Said(index, piece, dict(llm.angles)))
+        ticket.turn(llm)
+
+    return finish_answer(pieces, tell)

@@ -11,7 +11,7 @@ from edge_steer.runtime.answer import Answer, Piece
 from edge_steer.serve.fields import Common
 from edge_steer.serve.gate_field import shown_gates
 from edge_steer.serve.service import Ended, Service
-from edge_steer.serve.steering_field import Dial, rounded
+from edge_steer.serve.steering_field import Dial, round_dial
 from edge_steer.serve.worker import Ticket
 
 
@@ -23,13 +23,13 @@ def head(ticket: Ticket, service: Service, asked: Common, kind: str) -> dict[str
         "created": int(time.time()),
         "model": asked.model or service.name,
         "system_fingerprint": "edge-steer",
-        "steering": applied(ticket.dials, ticket.gates),
+        "steering": applied_steering(ticket.dials, ticket.gates),
     }
 
 
-def applied(dials: Mapping[str, Dial], gates: Mapping[str, Gate | None] | None = None) -> dict[str, Any]:
+def applied_steering(dials: Mapping[str, Dial], gates: Mapping[str, Gate | None] | None = None) -> dict[str, Any]:
     """Dials as an answer says that they were applied, with the gates of those that have one."""
-    return shown_gates({name: rounded(dial) for name, dial in dials.items()}, gates or {})
+    return shown_gates({name: round_dial(dial) for name, dial in dials.items()}, gates or {})
 
 
 def usage(ended: Sequence[Ended | None]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ A request names steerings that the server holds, never a file. Dials are the ste
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.serve.gate_field import split_alias, split_gates
 from edge_steer.steering import Steering
 
@@ -51,7 +51,7 @@ def parse_named(value: Any, steerings: Sequence[Steering], param: str = FIELD) -
             return _from_text(value, by_name, param)
         case dict():
             return {name: _dial(given, _find(name, by_name, param), param) for name, given in value.items()}
-    raise BadRequest(param, f"{_FORMS}, got {shown(value)}")
+    raise BadRequest(param, f"{_FORMS}, got {quote(value)}")
 
 
 def parse_alias(
@@ -87,19 +87,27 @@ def aliases(model: str, steerings: Sequence[Steering]) -> list[str]:
 
 
 def describe(
-    steerings: Sequence[Steering], dials: Mapping[str, Dial], model: str = "", gates: Mapping[str, Any] | None = None
+    steerings: Sequence[Steering],
+    dials: Mapping[str, Dial],
+    model: str = "",
+    gates: Mapping[str, Any] | None = None,
+    readable: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The body of GET /v1/steering. dials, gates: where the steerings stand for a request that names none."""
-    described = [_described(each, dials.get(each.name), (gates or {}).get(each.name)) for each in steerings]
+    """The body of GET /v1/steering. dials, gates: where the steerings stand for a request that names none. readable:
+    names of those that tokens can be read by."""
+    described = [
+        {**_describe(each, dials.get(each.name), (gates or {}).get(each.name)), "readable": each.name in readable}
+        for each in steerings
+    ]
     return {"model": model, "unit": None, "steerings": described}
 
 
-def rounded(dial: Dial) -> Dial:
+def round_dial(dial: Dial) -> Dial:
     """A dial as people read it: a file's float32 holds further digits, which are no one's."""
     return None if dial is None or math.isnan(dial) else float(f"{dial:.6g}")
 
 
-def _described(steering: Steering, dial: Dial, gate: Any) -> dict[str, Any]:
+def _describe(steering: Steering, dial: Dial, gate: Any) -> dict[str, Any]:
     return {
         "name": steering.name,
         "description": steering.description,
@@ -107,11 +115,11 @@ def _described(steering: Steering, dial: Dial, gate: Any) -> dict[str, Any]:
         "positive_name": "" if steering.positive == "positive" else steering.positive,
         "unit": _unit(steering),
         "operator": steering.operator,
-        "default": rounded(dial),
+        "default": round_dial(dial),
         "when": None if gate is None else str(gate),
-        "file_default": rounded(steering.default_dial()) if steering.has_default else None,
-        "min": rounded(steering.angle_min),
-        "max": rounded(steering.angle_max),
+        "file_default": round_dial(steering.default_dial()) if steering.has_default else None,
+        "min": round_dial(steering.angle_min),
+        "max": round_dial(steering.angle_max),
         "provisional": steering.provisional,
     }
 
@@ -130,7 +138,7 @@ def _from_text(text: str, by_name: Mapping[str, Steering], param: str) -> dict[s
         name, colon, number = (part, "", "") if part in by_name else part.rpartition(":")
         steering = _find(name.strip() if colon else part, by_name, param)
         if steering.name in found:
-            raise BadRequest(param, f"expected {shown(steering.name)} once, got it twice")
+            raise BadRequest(param, f"expected {quote(steering.name)} once, got it twice")
         if not colon:
             found[steering.name] = _default(steering, param)
         else:
@@ -140,7 +148,7 @@ def _from_text(text: str, by_name: Mapping[str, Steering], param: str) -> dict[s
 
 def _find(name: str, by_name: Mapping[str, Steering], param: str) -> Steering:
     if name not in by_name:
-        raise BadRequest(param, f"expected a steering among {', '.join(by_name) or '(none)'}, got {shown(name)}")
+        raise BadRequest(param, f"expected a steering among {', '.join(by_name) or '(none)'}, got {quote(name)}")
     return by_name[name]
 
 
@@ -155,7 +163,7 @@ def _dial(given: Any, steering: Steering, param: str) -> Dial:
         case {} if not given:
             return _default(steering, param)
         case bool() | dict() | list() | str():
-            raise BadRequest(param, f"{_FORMS}, got {shown(given)} for {shown(steering.name)}")
+            raise BadRequest(param, f"{_FORMS}, got {quote(given)} for {quote(steering.name)}")
     return _number(given, steering, param)
 
 
@@ -168,13 +176,13 @@ def _number(given: Any, steering: Steering, param: str) -> float:
         dial = math.nan
     if not -most <= dial <= most:  # nor NaN
         wanted = f"a number from {-most:g} to {most:g} ({unit})"
-        raise BadRequest(param, f"expected {wanted} for {shown(steering.name)}, got {shown(given)}")
+        raise BadRequest(param, f"expected {wanted} for {quote(steering.name)}, got {quote(given)}")
     return dial
 
 
 def _at_strength(strength: Any, steering: Steering, param: str) -> float:
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise BadRequest(param, f"expected a strength from -1 to 1 for {shown(steering.name)}, got {shown(strength)}")
+        raise BadRequest(param, f"expected a strength from -1 to 1 for {quote(steering.name)}, got {quote(strength)}")
     try:
         return steering.at_strength(strength)
     except SteerError as error:

@@ -10,7 +10,7 @@ from edge_steer.serve.errors import ApiError
 from edge_steer.serve.fields import Strict
 from edge_steer.serve.gate_field import split_gates
 from edge_steer.serve.service import Service
-from edge_steer.serve.shapes import applied
+from edge_steer.serve.shapes import applied_steering
 from edge_steer.serve.steering_field import BadRequest, Dial, describe, parse_named
 
 
@@ -28,7 +28,7 @@ def routes(service: Service) -> APIRouter:
             raise ApiError(400, error.message, param=error.param) from None
 
     def described() -> dict[str, Any]:
-        return describe(service.llm.steerings, service.dials, service.name, service.gates)
+        return describe(service.llm.steerings, service.dials, service.name, service.gates, service.readable())
 
     @router.get("/v1/steering", response_model=None)
     async def get_steering() -> dict[str, Any]:
@@ -53,6 +53,6 @@ def routes(service: Service) -> APIRouter:
         if split_gates(asked.steering)[1]:
             raise ApiError(400, "expected a dial to move, got a gate, which holds for a whole answer", param="steering")
         ticket.move(named(asked))
-        return {"id": ticket.id, "steering": applied(ticket.dials, ticket.gates)}
+        return {"id": ticket.id, "steering": applied_steering(ticket.dials, ticket.gates)}
 
     return router

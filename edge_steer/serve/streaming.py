@@ -43,7 +43,7 @@ def event_stream(chunks: AsyncIterator[bytes], ticket: Ticket, last: bytes = DON
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
 
 
-async def collected(
+async def collect(
     request: Request, ticket: Ticket, events: AsyncIterator[Event], take: Callable[[Event], object]
 ) -> None:
     """Give every event to `take`. A client that goes away cancels the ticket; raises what the ticket raises."""

@@ -19,13 +19,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_steer.errors import SteerError
-from edge_steer.serve.adapters import Listed, Served, all_scales, listed, match
-from edge_steer.serve.app import guarded
+from edge_steer.serve.adapters import Listed, Served, all_scales, match, parse_list
+from edge_steer.serve.app import guard_app
 from edge_steer.serve.errors import UPSTREAM, ApiError
 from edge_steer.serve.gate_field import split_alias, split_gates
 from edge_steer.serve.guard import Rules
 from edge_steer.serve.relay import Relayed, Upstream, beginning_with
-from edge_steer.serve.shapes import applied
+from edge_steer.serve.shapes import applied_steering
 from edge_steer.serve.steering_field import (
     BadRequest,
     Dial,
@@ -71,7 +71,7 @@ class Front:
         if time.monotonic() - self._read_at >= _FRESH_SECONDS:
             body = await self.upstream.json(ADAPTERS, request)
             try:
-                self._found = listed(body)
+                self._found = parse_list(body)
                 self._matched = match(self.steerings, self._found, self.order)
             except SteerError as error:
                 raise ApiError(502, str(error), type=UPSTREAM, code="adapters_changed") from None
@@ -99,7 +99,7 @@ class Front:
             raise ApiError(400, error.message, param=error.param) from None
         return dict(self.dials) if named is None else named
 
-    async def steered(self, request: Request) -> Response:
+    async def steer(self, request: Request) -> Response:
         """A request that generates: with its dials as scales."""
         body = await _json_body(request)
         dials = self.dials_of(body)
@@ -107,7 +107,7 @@ class Front:
         if not self.keeps_cache:
             body["cache_prompt"] = False
         tells = request.scope["path"] in _TELLING
-        rewrite = beginning_with({"steering": applied(dials)}) if tells else None
+        rewrite = beginning_with({"steering": applied_steering(dials)}) if tells else None
         return Relayed(self.upstream, request, json.dumps(body).encode(), rewrite)
 
 
@@ -115,7 +115,7 @@ def make_upstream_app(front: Front, rules: Rules) -> ASGIApp:
     """The application: our own routes, the page, and llama-server behind all other paths."""
     app = FastAPI(title="edge-steer", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(_routes(front))
-    whole = guarded(app, rules)
+    whole = guard_app(app, rules)
     app.router.routes.append(Route("/{path:path}", _Passing(front)))  # behind the page's
     return whole
 
@@ -170,7 +170,7 @@ class _Passing:
         request = Request(scope, receive)
         response: Response
         if request.method == "POST" and scope["path"] in _STEERED:
-            response = await self.front.steered(request)
+            response = await self.front.steer(request)
         elif request.method == "POST" and scope["path"] in _UNSTEERED:
             raise ApiError(
                 501, f"llama-server takes no adapters at {scope['path']}, so no dial: ask at /v1/chat/completions",

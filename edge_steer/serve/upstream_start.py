@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from edge_steer.errors import MismatchError, SteerError, shown
-from edge_steer.serve.adapters import all_scales, listed, match
+from edge_steer.errors import MismatchError, SteerError, quote
+from edge_steer.serve.adapters import all_scales, match, parse_list
 from edge_steer.serve.relay import Upstream
 from edge_steer.serve.steering_field import BadRequest, Dial
 from edge_steer.serve.upstream import ADAPTERS, Front, check_url, shared_sites
@@ -62,7 +62,7 @@ def _check_adapters(
     note: Note,
 ) -> bool:
     """Whether llama-server's caches may be used. Raises SteerError if its adapters are not what the steerings need."""
-    found = listed(_get(client, address, ADAPTERS))
+    found = parse_list(_get(client, address, ADAPTERS))
     matched = match(steerings, found, order)
     try:
         all_scales(steerings, matched, {}, dials)
@@ -133,7 +133,7 @@ def _model(client: httpx.Client, address: str) -> tuple[str, int | None]:
         width = (first.get("meta") or {}).get("n_embd")
         return str(first["id"]), None if width is None else int(width)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError):
-        raise SteerError(f"expected a list of models at {address}/v1/models, got {shown(body)}") from None
+        raise SteerError(f"expected a list of models at {address}/v1/models, got {quote(body)}") from None
 
 
 def _mixes_dials(client: httpx.Client, ids: Sequence[int]) -> bool:

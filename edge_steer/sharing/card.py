@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.provenance import CONTROL_CHARACTERS, MAX_NAME, BaseModel
 from edge_steer.steering import Steering
 
@@ -52,7 +52,7 @@ class Card:
             return self.entries[0]
         found = next((each for each in self.entries if each.name == name), None)
         if found is None:
-            raise SteerError(f"expected a steering among {names} in {where}, got {shown(name)}")
+            raise SteerError(f"expected a steering among {names} in {where}, got {quote(name)}")
         return found
 
 
@@ -61,11 +61,11 @@ def parse_card(data: bytes, where: str) -> Card:
     try:
         found = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: expected {CARD} of JSON, got {shown(str(error))}; fetch the pack again") from None
+        raise FormatError(f"{where}: expected {CARD} of JSON, got {quote(str(error))}; fetch the pack again") from None
     fields = found if isinstance(found, dict) else {}
     if fields.get("format") != FORMAT:
         raise FormatError(
-            f"{where}: expected {CARD} of format {FORMAT}, got {shown(fields.get('format'))}; update edge-steer"
+            f"{where}: expected {CARD} of format {FORMAT}, got {quote(fields.get('format'))}; update edge-steer"
         )
     model, steerings = fields.get("model"), fields.get("steerings")
     if not isinstance(model, dict) or not isinstance(steerings, list) or not 0 < len(steerings) <= MOST_STEERINGS:
@@ -82,11 +82,11 @@ def _base(model: dict[str, Any], where: str) -> BaseModel:
         if key == "tokenizer_sha256" and text is None:
             continue
         if not isinstance(text, str) or len(text) > MAX_NAME or re.search(CONTROL_CHARACTERS, text):
-            raise FormatError(f"{where}: expected the model's {key} in {CARD} as text, got {shown(text)}")
+            raise FormatError(f"{where}: expected the model's {key} in {CARD} as text, got {quote(text)}")
     numbers = {key: model.get(key) for key in ("block_count", "embedding_length")}
     for key, number in numbers.items():
         if type(number) is not int:
-            raise FormatError(f"{where}: expected the model's {key} in {CARD} as a number, got {shown(number)}")
+            raise FormatError(f"{where}: expected the model's {key} in {CARD} as a number, got {quote(number)}")
     return BaseModel(**texts, **numbers)  # type: ignore[arg-type]  # seen to be so
 
 
@@ -94,11 +94,11 @@ def _entry(fields: Any, where: str) -> CardEntry:
     fields = fields if isinstance(fields, dict) else {}
     name, size, sha256 = (fields.get(key) for key in ("name", "size", "sha256"))
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
-        raise FormatError(f"{where}: expected a name of letters, digits, - and _ in {CARD}, got {shown(name)}")
+        raise FormatError(f"{where}: expected a name of letters, digits, - and _ in {CARD}, got {quote(name)}")
     if type(size) is not int or not 0 < size <= MOST_STEERING:
-        raise FormatError(f"{where}: expected a size of at most {MOST_STEERING >> 20} MB for {name}, got {shown(size)}")
+        raise FormatError(f"{where}: expected a size of at most {MOST_STEERING >> 20} MB for {name}, got {quote(size)}")
     if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise FormatError(f"{where}: expected a sha256 for {name} in {CARD}, got {shown(sha256)}")
+        raise FormatError(f"{where}: expected a sha256 for {name} in {CARD}, got {quote(sha256)}")
     return CardEntry(name, size, sha256)
 
 
@@ -121,7 +121,7 @@ def load_checked(card: Card, entry: CardEntry, file: Path, where: str) -> list[S
     if found.name != entry.name or found.base != card.base:
         raise FormatError(
             f"{where}/{entry.file}: expected {entry.name} for {card.base.name or card.base.architecture}, as the card "
-            f"says, got {shown(found.name)} for {shown(found.base.name)}; ask whoever made the pack"
+            f"says, got {quote(found.name)} for {quote(found.base.name)}; ask whoever made the pack"
         )
     return [found]
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.sharing.card import NAME
 from edge_steer.steering import Steering
 from edge_steer.user_path import user_path
@@ -41,12 +41,12 @@ def find_steerings(given: str | Path, model: str | Path | None = None) -> list[S
         path = Path(f"{written}.gguf")
         if not path.is_file():
             if model is None:
-                raise SteerError(f"expected a steering file, got {shown(written)}: no such file; give its path")
+                raise SteerError(f"expected a steering file, got {quote(written)}: no such file; give its path")
             from edge_steer.sharing.shipped import shipped_file
 
             path = shipped_file(written, model)
     elif not path.exists() and (expression := _expression(written)):
-        return [_combined(expression, model)]
+        return [_combine(expression, model)]
     return Steering.load_all(path)
 
 
@@ -59,7 +59,7 @@ def _expression(written: str) -> Expression | None:
         return None  # a path, then: the error that follows tells of that
 
 
-def _combined(expression: Expression, model: str | Path | None) -> Steering:
+def _combine(expression: Expression, model: str | Path | None) -> Steering:
     import warnings
 
     from edge_steer.combining import combine

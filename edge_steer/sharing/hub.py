@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_steer.errors import FormatError, SteerError, shown
-from edge_steer.fetch_hub import told_in_one_line
+from edge_steer.errors import FormatError, SteerError, quote
+from edge_steer.fetch_hub import tell_in_one_line
 from edge_steer.sharing.card import CARD, MOST_CARD, NAME, check_file, load_checked, parse_card
 from edge_steer.steering import Steering
 
@@ -29,7 +29,7 @@ class HubAddress:
         """Raises SteerError where `written` is not of the form."""
         match = _ADDRESS.fullmatch(written)
         if match is None or ".." in written:
-            raise SteerError(f"expected hub:USER/REPO/NAME or hub:USER/REPO@REVISION/NAME, got {shown(written)}")
+            raise SteerError(f"expected hub:USER/REPO/NAME or hub:USER/REPO@REVISION/NAME, got {quote(written)}")
         return cls(match[1], match[2], match[3])
 
 
@@ -53,7 +53,7 @@ def _fetch(address: HubAddress, file: str, most: int) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     where = f"{file} of {address.repo} on the Hugging Face hub"
-    with told_in_one_line(where, "or fetch the pack by hand and give -s PACK.zip/NAME"):
+    with tell_in_one_line(where, "or fetch the pack by hand and give -s PACK.zip/NAME"):
         offline = False
         try:
             size = get_hf_file_metadata(hf_hub_url(address.repo, file, revision=address.revision)).size

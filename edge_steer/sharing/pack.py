@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edge_steer.errors import FormatError, SteerError, shown
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.export.whole_folder import whole_folder
 from edge_steer.sharing.card import (
     CARD,
@@ -87,7 +87,7 @@ def _check_packable(steerings: Sequence[Steering], results: Mapping[str, Any]) -
     for each in steerings:
         if not re.fullmatch(NAME, each.name):
             raise SteerError(
-                f"expected a name of letters, digits, - and _, which is the file's too, got {shown(each.name)}; "
+                f"expected a name of letters, digits, - and _, which is the file's too, got {quote(each.name)}; "
                 "calibrate it again with another --name"
             )
         if each.base != steerings[0].base:
@@ -98,7 +98,7 @@ def _check_packable(steerings: Sequence[Steering], results: Mapping[str, Any]) -
     if len({name.lower() for name in names}) != len(names):
         raise SteerError(f"expected steerings of different names in a pack, got {', '.join(names)}; rename one")
     if unknown := [name for name in results if name not in names]:
-        raise SteerError(f"expected results for {', '.join(names)}, got some for {shown(unknown[0])}")
+        raise SteerError(f"expected results for {', '.join(names)}, got some for {quote(unknown[0])}")
 
 
 def _file_bytes(steering: Steering) -> bytes:

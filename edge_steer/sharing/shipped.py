@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from edge_steer.errors import SteerError, shown
+from edge_steer.errors import SteerError, quote
 from edge_steer.model_file import read_model
 from edge_steer.registry import is_known, models_folder
 from edge_steer.sharing.card import CARD, Card, parse_card
@@ -37,7 +37,7 @@ def shipped_file(name: str, model: str | Path) -> Path:
     if name not in names:
         there = f"for it there are {', '.join(names)}" if names else f"they are for {', '.join(shipped_packs())}"
         raise SteerError(
-            f"expected a steering file or a measured steering, got {shown(name)}: no such file, and none ships for "
+            f"expected a steering file or a measured steering, got {quote(name)}: no such file, and none ships for "
             f"{Path(model).name} ({there}); `edge-steer calibrate` makes one"
         )
     return models_folder() / FOLDER / str(known) / f"{name}.gguf"

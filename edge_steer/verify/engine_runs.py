@@ -24,7 +24,7 @@ from edge_steer.model_file import ModelFile
 from edge_steer.preset import neutral_passages
 from edge_steer.runtime.engines import EngineName
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.runtime.torch_hooks import steered
+from edge_steer.runtime.torch_hooks import steer
 from edge_steer.steering import Steering
 
 Logits = NDArray[np.float32]
@@ -100,7 +100,7 @@ class EngineRunner:
             raise MismatchError(f"expected the model of {self.model.path} in {hf}, got one with fewer tokens")
         ids = torch.tensor([list(self.text[:-1])])
         for dialled in (on, ()):
-            with torch.inference_mode(), steered(model, dialled):
+            with torch.inference_mode(), steer(model, dialled):
                 logits = model(ids).logits[0].numpy()
             yield self._keep(logits)
 

@@ -70,6 +70,16 @@ def build(folder: Path) -> Path:
     return output / "bin" / "llama-server"
 
 
+def write_f32(path: Path) -> Path:
+    """SmolLM2-135M with weights of F32: `path`."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    source = str(resolve("smollm2-135m", fetch=True)).encode()
+    if llama_cpp.llama_model_quantize(source, str(path).encode(), parameters):
+        raise click.ClickException("llama.cpp could not write the model as F32")
+    return path
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -122,12 +132,7 @@ def main(server: Path | None, compile_it: bool, angles: str, tolerance: float) -
             if not compile_it:
                 raise click.UsageError("expected --server PATH or --build")
             server = build(folder)
-        model = folder / "f32.gguf"
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype, parameters.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
-        source = str(resolve("smollm2-135m", fetch=True)).encode()
-        if llama_cpp.llama_model_quantize(source, str(model).encode(), parameters):
-            raise click.ClickException("llama.cpp could not write the model as F32")
+        model = write_f32(folder / "f32.gguf")
         steering = calibrate(NativeRecorder(model, n_ctx=512), load_preset("sentiment"), name="happy")
         cos, sin, _ = export_pair(model, folder / "happy", steering)
         f32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}

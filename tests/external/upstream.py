@@ -23,13 +23,12 @@ from typing import Any
 import click
 import httpx
 import llama_cpp
-from llama_server import build, free_port, running
+from llama_server import build, free_port, running, write_f32
 
 from edge_steer import SteeredLlama
 from edge_steer.calibration import calibrate
 from edge_steer.calibration.native_recorder import NativeRecorder
 from edge_steer.export.lora import export_adapter, export_pair
-from edge_steer.fetch import resolve
 from edge_steer.preset import load_preset
 from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
@@ -173,12 +172,7 @@ def main(server: Path | None, compile_it: bool) -> None:
         if server is None:
             print("NOTHING WAS TRIED: no llama-server; give --server PATH, or --build", file=sys.stderr)
             sys.exit(77)
-        model = folder / "f32.gguf"
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype, parameters.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
-        source = str(resolve("smollm2-135m", fetch=True)).encode()
-        if llama_cpp.llama_model_quantize(source, str(model).encode(), parameters):
-            raise click.ClickException("llama.cpp could not write the model as F32")
+        model = write_f32(folder / "f32.gguf")
         made = calibrate(NativeRecorder(model, n_ctx=512), load_preset("sentiment"), name="happy")
         flat = made.with_(name="flat", operator="ablation", basis=made.basis[:, :1])
         happy, both = folder / "happy.gguf", folder / "both.gguf"

@@ -5,7 +5,8 @@ import { notice } from "./dom.js";
 import { check } from "./health.js";
 import { askKey } from "./key.js";
 import { LiveDials, same } from "./live.js";
-import { dialsNow, dialsOff, samplingNow, save, withoutOldest } from "./state.js";
+import { keepReadings } from "./reading.js";
+import { dialsNow, dialsOff, samplingNow, save, state, withoutOldest } from "./state.js";
 
 const TRIES = 20; // while the queue is full
 
@@ -81,6 +82,7 @@ async function countDown(answer, error, changed, signal) {
 async function stream(answer, messages, changed, signal, live) {
   let started = 0; // with the first word: waiting for a turn is not the model's speed
   const body = { messages, steering: answer.steering, stream_options: { include_usage: true }, ...answer.sampling };
+  if (state.read) body.read = true;
   for await (const chunk of chat(body, signal)) {
     if (chunk.id && !answer.id) {
       answer.id = chunk.id;
@@ -89,6 +91,7 @@ async function stream(answer, messages, changed, signal, live) {
     }
     const choice = chunk.choices?.[0];
     const said = choice?.delta?.content ?? "";
+    keepReadings(answer, choice?.readings);
     if (said) {
       if (chunk.steering) saidAt(answer, chunk.steering);
       started ||= performance.now();

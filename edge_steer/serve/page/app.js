@@ -113,7 +113,7 @@ const closeDrawer = connectDrawer();
 connectComposer();
 connectTop();
 showSettings();
-showDials(moveLive);
+showDials(moveLive, act.show);
 act.show();
 scrollToEnd();
 addEventListener("pagehide", saveNow);
@@ -127,6 +127,6 @@ watch(() => {
   $("model").textContent = state.model;
   document.title = `${state.model} · edge-steer`;
   const steerings = JSON.stringify(state.steerings);
-  if (steerings !== shownSteerings) showDials(moveLive); // else a hand may be on a slider
+  if (steerings !== shownSteerings) showDials(moveLive, act.show); // else a hand may be on a slider
   shownSteerings = steerings;
 });

@@ -2,20 +2,21 @@
 
 import { $, button, h } from "./dom.js";
 import { setTone } from "./markdown.js";
+import { readButton } from "./reading.js";
 import { save, state } from "./state.js";
 import { beyond, firstDial, isSwitch, most, reach, shown, spokenValue, step, tone } from "./steering.js";
 
 const STICKY = 0.025; // of the reach: a thumb dragged this near to 0 stays at 0
 
-/** Show a card for each steering; `onmove` is called after every change. */
-export function showDials(onmove) {
-  const cards = state.steerings.map((steering, index) => card(steering, index, onmove));
+/** Show a card for each steering; `onmove` is called after every move, `onread` after words are coloured otherwise. */
+export function showDials(onmove, onread) {
+  const cards = state.steerings.map((steering, index) => card(steering, index, onmove, onread));
   const empty = h("p", { className: "hint" }, "No steering is loaded. Start the server with one: ", h("code", {}, "edge-steer serve -m MODEL -s happy.gguf"));
   $("dials").replaceChildren(...(cards.length ? cards : [empty]));
   $("all-off").hidden = !cards.length;
   $("all-off").onclick = () => {
     for (const dial of Object.values(state.dials)) dial.on = false;
-    showDials(onmove);
+    showDials(onmove, onread);
     onmove();
   };
   showSummary();
@@ -30,7 +31,7 @@ export function showSummary() {
   setTone($("needle"), now);
 }
 
-function card(steering, index, onmove) {
+function card(steering, index, onmove, onread) {
   const dial = state.dials[steering.name];
   const id = `dial-${index}`;
   const toggle = h("input", { type: "checkbox", role: "switch", id: `${id}-on`, "aria-label": `${steering.name}, on` });
@@ -42,7 +43,7 @@ function card(steering, index, onmove) {
       scale?.number,
       h("label", { className: "switch" }, toggle, h("span", { "aria-hidden": "true" }))),
     steering.description ? h("p", { className: "description" }, steering.description) : null,
-    scale?.parts, warning);
+    scale?.parts, readButton(steering, onread), warning);
 
   const paint = () => {
     const value = dial.on ? dial.value : null;

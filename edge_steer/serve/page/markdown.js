@@ -26,35 +26,37 @@ marked.use({
 
 const render = (text) => DOMPurify.sanitize(marked.parse(text), CLEAN);
 
-/** Fill `target` with `text`. moves: [{at, label, tone}] in order, each said from character `at` on. */
-export function renderMarkdown(target, text, moves, firstTone) {
+/** Fill `target` with `text`. marks: [{at, label, tone, chipTone, title, source}] in order, each for what was said from character
+ *  `at` on. With a label it is a chip, and without a tone that alone; with a title it colours words, else it underlines.
+ *  source: an object that stays the same, for a mark that is made anew. */
+export function renderMarkdown(target, text, marks, firstTone) {
   const fragment = render(text);
   for (const link of fragment.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
   }
-  if (moves.length) markMoves(fragment, moves.map((move) => ({ ...move, letters: lettersIn(text.slice(0, move.at)) })), firstTone);
+  if (marks.length) mark(fragment, marks.map((each) => ({ ...each, letters: lettersBefore(each, text) })), { tone: firstTone });
   target.replaceChildren(fragment);
 }
 
-const counted = new Map(); // a text that was said does not change: each move's is counted once
+const counted = new WeakMap(); // a text that was said does not change: each mark's is counted once
 
-function lettersIn(text) {
-  if (!counted.has(text)) {
-    if (counted.size > 500) counted.clear();
-    counted.set(text, [...render(text).textContent].filter((c) => LETTER.test(c)).length);
-  }
-  return counted.get(text);
+function lettersBefore({ at, source }, text) {
+  const known = counted.get(source);
+  if (known !== undefined) return known;
+  const letters = [...render(text.slice(0, at)).textContent].filter((c) => LETTER.test(c)).length;
+  if (source) counted.set(source, letters);
+  return letters;
 }
 
-/** Put a chip where each move took place, and underline what was said in the tone of its dial. */
-function markMoves(fragment, moves, firstTone) {
+/** Put a chip where each move took place, and underline or colour what was said since. */
+function mark(fragment, marks, first) {
   const walker = document.createTreeWalker(fragment, NodeFilter.SHOW_TEXT);
   const nodes = [];
   while (walker.nextNode()) nodes.push(walker.currentNode);
-  const left = [...moves];
+  const left = [...marks];
   let letters = 0;
-  let tone = firstTone;
+  let style = first;
   for (const node of nodes) {
     const pieces = [];
     let piece = "";
@@ -62,29 +64,30 @@ function markMoves(fragment, moves, firstTone) {
       if (LETTER.test(character)) letters += 1;
       while (left.length && letters > left[0].letters) {
         const head = piece.trimEnd(); // the blank before a word belongs to it
-        pieces.push(...toned(head, tone));
+        pieces.push(...styled(head, style));
         piece = piece.slice(head.length);
         if (left[0].label) pieces.push(chip(left[0]));
-        tone = left.shift().tone;
+        const now = left.shift();
+        if (now.tone !== undefined) style = now;
       }
       piece += character;
     }
-    node.replaceWith(...pieces, ...toned(piece, tone));
+    node.replaceWith(...pieces, ...styled(piece, style));
   }
   const end = left.filter((move) => move.label).map(chip); // nothing was said since
   (nodes.at(-1) ? fragment.lastElementChild : fragment)?.append(...end);
 }
 
-function toned(text, tone) {
+function styled(text, { tone, title }) {
   const words = text.trimStart();
-  const span = h("span", { className: "said" }, words);
+  const span = h("span", { className: title ? "read" : "said", title }, words);
   setTone(span, tone);
   return [text.slice(0, text.length - words.length), words ? span : ""];
 }
 
-function chip({ label, tone }) {
+function chip({ label, tone, chipTone = tone }) {
   const mark = h("span", { className: "moved", title: "The dial moved here" }, h("span", { className: "hidden" }, " (dial moved to "), label, h("span", { className: "hidden" }, ") "));
-  setTone(mark, tone);
+  setTone(mark, chipTone);
   return mark;
 }
 

@@ -3,7 +3,7 @@
 import { firstDial } from "./steering.js";
 
 const STORE = "edge-steer.conversation";
-const EMPTY = { model: "", steerings: [], dials: {}, compare: false, system: "", sampling: { max_tokens: "512" }, turns: [] };
+const EMPTY = { model: "", steerings: [], dials: {}, compare: false, read: "", system: "", sampling: { max_tokens: "512" }, turns: [] };
 
 export const state = load();
 
@@ -43,6 +43,7 @@ export function saveNow() {
 export function setSteerings({ model, steerings }) {
   state.model = model;
   state.steerings = steerings;
+  if (!steerings.some(({ name, readable }) => readable && name === state.read)) state.read = "";
   state.dials = Object.fromEntries(steerings.map((each) => [each.name, state.dials[each.name] ?? firstDial(each)]));
   save();
 }

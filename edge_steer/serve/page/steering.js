@@ -1,6 +1,6 @@
 // What a dial's number means: how it is written, what it tends to, whether it is within what was found safe.
 
-const signed = (value) => {
+export const signed = (value) => {
   const text = String(Math.abs(Number(value.toFixed(2))));
   return value > 0 && text !== "0" ? `+${text}` : value < 0 && text !== "0" ? `−${text}` : text;
 };

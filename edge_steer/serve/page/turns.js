@@ -2,6 +2,7 @@
 
 import { $, announce, button, h, notice } from "./dom.js";
 import { renderMarkdown, setTone } from "./markdown.js";
+import { meanReading, readMarks } from "./reading.js";
 import { save, state, steeringOf, versionOf } from "./state.js";
 import { shown, tone } from "./steering.js";
 
@@ -70,7 +71,7 @@ function answerOf(turn, answer, side, last, act) {
     root.dataset.status = answer.status;
     root.setAttribute("aria-busy", String(answer.status === "waiting" || answer.status === "talking"));
     chips.replaceChildren(...chipsOf(answer, pair));
-    if (answer.text) renderMarkdown(text, answer.text, movesOf(answer), toneOf(movedOnly(answer, answer.steering)));
+    if (answer.text) renderMarkdown(text, answer.text, marksOf(answer), toneOf(movedOnly(answer, answer.steering)));
     else text.replaceChildren(answer.status === "waiting" ? waitingSign(answer) : "");
     problem.hidden = !answer.problem;
     if (problem.dataset.shown !== answer.problem) {
@@ -118,11 +119,14 @@ function buttonsOf(turn, answer, side, last, act) {
   return parts;
 }
 
-function factsOf({ status, tokens, seconds, sampling, finish, left_out }) {
+function factsOf(answer) {
+  const { status, tokens, seconds, sampling, finish, left_out } = answer;
+  const reading = meanReading(answer);
   if (!tokens) return status === "stopped" ? "Stopped" : "";
   const facts = [`${tokens} tokens`];
   if (seconds > 0.5) facts.push(`${(tokens / seconds).toFixed(1)}/s`);
   facts.push(`seed ${sampling.seed}`);
+  if (reading) facts.push(reading);
   if (status === "stopped") facts.push("stopped");
   if (left_out) facts.push(`${left_out === 1 ? "the oldest turn" : `the ${left_out} oldest turns`} left out: the context is full`);
   if (finish === "length") facts.push("cut at the limit");
@@ -162,17 +166,24 @@ function movedOnly(answer, steering) {
   return Object.fromEntries(Object.entries(steering).filter(([name]) => moved(name)));
 }
 
-/** What to mark in the text: every move has its tone, and the last of a flurry its label. */
+/** What to mark in the text: its moves, and with readings the words in their colours in place of the moves' lines. */
+function marksOf(answer) {
+  const moves = movesOf(answer);
+  const read = readMarks(answer);
+  return read ? [...moves.map((move) => ({ ...move, tone: undefined })), ...read].sort((one, other) => one.at - other.at) : moves;
+}
+
+/** Where the dials moved: every move has its tone, and the last of a flurry its label. */
 function movesOf(answer) {
   let told = answer.steering;
   return answer.moves.map((move, index) => {
     const next = answer.moves[index + 1];
     const tone = toneOf(movedOnly(answer, move.steering));
-    if (next && next.at - move.at < CLOSE) return { at: move.at, label: "", tone };
+    if (next && next.at - move.at < CLOSE) return { at: move.at, label: "", tone, source: move };
     const changed = Object.keys(move.steering).filter((name) => move.steering[name] !== told[name]);
     const several = Object.keys(move.steering).length > 1;
     const label = changed.map((name) => (several ? `${name} ` : "") + shown(steeringOf(name), move.steering[name])).join(", ");
     told = move.steering;
-    return { at: move.at, label, tone };
+    return { at: move.at, label, tone, chipTone: tone, source: move };
   });
 }
