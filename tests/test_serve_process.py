@@ -187,6 +187,22 @@ def test_what_cannot_be_served_is_one_line(model: Path) -> None:
     assert (missing.returncode, missing.stderr.count(b"\n")) == (1, 1)
 
 
+def test_words_of_a_fast_model_travel_together_and_none_is_lost() -> None:
+    async def counts() -> list[int]:
+        ticket = worker.Ticket("id", {}, {}, lambda *_: None)
+        found = []
+        for event, may_wait in (("first", True), ("second", True), ("third", True), ("end", False)):
+            ticket.tell(event, may_wait=may_wait)
+            await asyncio.sleep(0)
+            found.append(ticket._events.qsize())
+        assert [ticket._events.get_nowait() for _ in range(4)] == ["first", "second", "third", "end"]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "WAKE_SECONDS", 3600)
+        assert asyncio.run(counts()) == [1, 1, 1, 4]
+
+
 def test_a_wait_that_is_too_long_is_told(model: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, serving(model, patience=0.05) as client:
         patch.setattr(worker, "PING_SECONDS", 0.05)

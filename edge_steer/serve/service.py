@@ -235,7 +235,7 @@ def _follow(pieces: Generator[Piece, None, Answer], llm: SteeredLlama, ticket: T
 
     def tell(piece: Piece) -> None:
         if piece.text or piece.choice or piece.readings:
-            ticket.tell(Said(index, piece, dict(llm.angles)))
+            ticket.tell(Said(index, piece, dict(llm.angles)), may_wait=True)
         ticket.turn(llm)
 
     return finish_answer(pieces, tell)

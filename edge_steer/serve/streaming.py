@@ -30,14 +30,18 @@ def event_stream(chunks: AsyncIterator[bytes], ticket: Ticket, last: bytes = DON
     """A response of server-sent events, `last` behind them. Where the client goes away, the ticket is cancelled."""
 
     async def body() -> AsyncIterator[bytes]:
+        held = b""  # what came at once travels at once: a packet costs more than a chunk
         try:
             async for chunk in chunks:
-                yield chunk
+                held += chunk
+                if not ticket.has_more:
+                    yield held
+                    held = b""
         except ApiError as error:
-            yield data(error.body)
+            held += data(error.body)
         finally:
             ticket.cancel()
-        yield last
+        yield held + last
 
     headers = {**_HEADERS, "X-Request-Id": ticket.id}
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)

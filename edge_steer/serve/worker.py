@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -20,6 +21,9 @@ from edge_steer.serve.errors import ApiError
 from edge_steer.serve.steering_field import Dial
 
 PING_SECONDS = 5.0  # of silence, until whoever reads events is told that nothing has come
+# An event that may wait goes with the next one where the last went this short a time ago: waking the event loop for
+# every token of a fast model takes a core from it, and no eye follows more than 60 words a second.
+WAKE_SECONDS = 1 / 60
 Work = Callable[[SteeredLlama, "Ticket"], None]
 
 
@@ -44,6 +48,8 @@ class Ticket:
         self._work = work
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._told: deque[Any] = deque()  # on their way to the event loop
+        self._woken = 0.0  # when it was told last of what may wait
         self._moved = False
 
     def move(self, dials: dict[str, Dial]) -> None:
@@ -55,9 +61,22 @@ class Ticket:
         """Stop at the next token, or before the first."""
         self.cancelled = True
 
-    def tell(self, event: Any) -> None:
-        """From the model's thread: an event for who reads them."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    def tell(self, event: Any, *, may_wait: bool = False) -> None:
+        """From the model's thread: an event for who reads them. may_wait: another one is sure to come soon."""
+        self._told.append(event)
+        now = time.monotonic()
+        if not may_wait or now - self._woken >= WAKE_SECONDS:
+            self._woken = now if may_wait else 0.0
+            self._loop.call_soon_threadsafe(self._hand_over)
+
+    def _hand_over(self) -> None:
+        while self._told:
+            self._events.put_nowait(self._told.popleft())
+
+    @property
+    def has_more(self) -> bool:
+        """Whether events wait to be read."""
+        return not self._events.empty()
 
     def turn(self, llm: SteeredLlama) -> None:
         """From the model's thread, between two tokens: put moved dials in place. Raises Cancelled if it is."""
