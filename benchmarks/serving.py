@@ -1,6 +1,6 @@
 """What serving costs: tokens a second of a stream, and the time to its first token, beside the model alone and peers.
 
-    python benchmarks/serving.py --results docs/results.md
+    python benchmarks/serving.py -s sentiment --results docs/results.md
     python benchmarks/serving.py --llama-server PATH          # with llama.cpp's own server beside
     python benchmarks/serving.py --rounds 1                   # quick
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from page import write_part
 from edge_steer.fetch import resolve
 from edge_steer.runtime.answer import Sampling, stream_pieces
 from edge_steer.runtime.llama import SteeredLlama
-from edge_steer.steering import Steering
+from edge_steer.sharing.find import find_steerings
 
 TOKENS, CONTEXT = 96, 2048
 QUESTION = "Tell me about the sea, in as many words as you like."
@@ -42,16 +43,27 @@ Ask = Callable[[list[dict[str, str]], int], tuple[float, float]]  # seconds to t
 
 
 @click.command()
-@click.option("--model", default="smollm2-135m", show_default=True)
-@click.option("-s", "--steering", help="A steering file; served at its default.")
+@click.option("--models", default="smollm2-135m,qwen2.5-coder-0.5b", show_default=True)
+@click.option("-s", "--steering", help="A steering that ships for all of them; served at its default.")
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--llama-server", type=click.Path(exists=True), help="llama.cpp's own server, to stand beside.")
 @click.option("--results", type=click.Path(path_type=Path), help="Page to write the table to.")
 def main(
-    model: str, steering: str | None, rounds: int, threads: int, llama_server: str | None, results: Path | None
+    models: str, steering: str | None, rounds: int, threads: int, llama_server: str | None, results: Path | None
 ) -> None:
-    """Measure, and print the table."""
+    """Measure, and print a table for each model."""
+    text = head(steering, rounds, threads)
+    for model in models.split(","):
+        text += f"\n**{model}**\n\n{table(measure_model(model, steering, rounds, threads, llama_server))}"
+    click.echo(text)
+    if results:
+        write_part(results, "serving.py", text)
+
+
+def measure_model(
+    model: str, steering: str | None, rounds: int, threads: int, llama_server: str | None
+) -> dict[str, list[tuple[float, float, float]]]:
     path = str(resolve(model, fetch=True))
     with ExitStack() as stack:
         askers: dict[str, Ask] = {
@@ -64,11 +76,7 @@ def main(
             click.echo("llama_cpp.server is left out: it is not installed", err=True)
         if llama_server:
             askers["llama-server, unsteered"] = stack.enter_context(llama_cpp_own(llama_server, path, threads))
-        found = measure(askers, rounds)
-    text = table(found, model, steering, rounds, threads)
-    click.echo(text)
-    if results:
-        write_part(results, "serving.py", text)
+        return measure(askers, rounds)
 
 
 def measure(askers: dict[str, Ask], rounds: int) -> dict[str, list[tuple[float, float, float]]]:
@@ -85,18 +93,25 @@ def measure(askers: dict[str, Ask], rounds: int) -> dict[str, list[tuple[float, 
     return found
 
 
-def table(
-    found: dict[str, list[tuple[float, float, float]]], model: str, steering: str | None, rounds: int, threads: int
-) -> str:
-    alone = found["SteeredLlama alone"]
+def head(steering: str | None, rounds: int, threads: int) -> str:
+    """What was measured, and how."""
     lines = [
         "## Speed of a server", "",
         f"`{' '.join(['python', *sys.argv])}`", "",
-        f"{model}, {threads} threads, {rounds} rounds; {'steered at the default' if steering else 'no steering'}. "
-        "Medians; in brackets the lowest and the highest round.", "",
+        f"{threads} threads on {os.cpu_count()} cores, {rounds} rounds, "
+        f"{'steered at the default' if steering else 'no steering'}. "
+        "Medians; in brackets the lowest and the highest round. The client runs on the same cores. llama-server chooses "
+        "flash attention, which llama-cpp-python leaves off: it makes short contexts faster, long ones slower.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def table(found: dict[str, list[tuple[float, float, float]]]) -> str:
+    alone = found["SteeredLlama alone"]
+    lines = [
         "| who | speed of a stream, SteeredLlama alone = 1 | first token behind a long prompt, s | the same again, s |",
         "|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, rows in found.items():
         ratios = sorted(row[0] / own[0] for row, own in zip(rows, alone, strict=True))
         first, again = (statistics.median(row[i] for row in rows) for i in (1, 2))
@@ -110,7 +125,7 @@ def table(
 
 @contextmanager
 def alone(path: str, steering: str | None, threads: int) -> Iterator[Ask]:
-    steerings = Steering.load_all(steering) if steering else []
+    steerings = find_steerings(steering, path) if steering else []
     angles = {each.name: each.default_dial() for each in steerings}
     llm = SteeredLlama(
         path, steering=steerings, angles=angles, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads

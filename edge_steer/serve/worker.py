@@ -22,8 +22,8 @@ from edge_steer.serve.steering_field import Dial
 
 PING_SECONDS = 5.0  # of silence, until whoever reads events is told that nothing has come
 # An event that may wait goes with the next one where the last went this short a time ago: waking the event loop for
-# every token of a fast model takes a core from it, and no eye follows more than 60 words a second.
-WAKE_SECONDS = 1 / 60
+# every token of a fast model takes a core from it, and no eye follows more than 30 words a second.
+WAKE_SECONDS = 1 / 30
 Work = Callable[[SteeredLlama, "Ticket"], None]
 
 
