@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -97,11 +98,11 @@ def head(steering: str | None, rounds: int, threads: int) -> str:
     """What was measured, and how."""
     lines = [
         "## Speed of a server", "",
-        f"`{' '.join(['python', *sys.argv])}`", "",
+        f"`{re.sub('--llama-server [^ ]+', '--llama-server PATH', ' '.join(['python', *sys.argv]))}`", "",
         f"{threads} threads on {os.cpu_count()} cores, {rounds} rounds, "
         f"{'steered at the default' if steering else 'no steering'}. "
-        "Medians; in brackets the lowest and the highest round. The client runs on the same cores. llama-server chooses "
-        "flash attention, which llama-cpp-python leaves off: it makes short contexts faster, long ones slower.",
+        "Medians; in brackets the lowest and the highest round. The client runs on the same cores. llama-server "
+        "chooses flash attention, which llama-cpp-python leaves off: it makes short contexts faster, long ones slower.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
