@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny
-from devices import CPU_ONLY, EXACT, TOLERANCE, gpus, logits_by_batch, open_forced, path_forced, steerings_for
+from devices import BATCHES, CPU_ONLY, EXACT, TOLERANCE, gpus, logits_by_batch, open_forced, path_forced, steerings_for
 from planted import DIAL, random_steering
 
 from edge_steer import SteerError
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ON_GPU = {"n_gpu_layers": -1}
+NONE = [0.0] * len(BATCHES)
 PROMPT = [256, *(30 + i % 200 for i in range(600))]
 
 
@@ -53,12 +54,13 @@ def own_difference(model: Path) -> list[float]:
     return [float(np.abs(found - expected).max()) for expected, found in pairs]
 
 
-def close(found: Sequence[SteeredLlama], expected: SteeredLlama) -> None:
-    """Every way gives the logits of `expected`, on the same GPU."""
-    for wanted, *each in zip(*map(logits_by_batch, (expected, *found)), strict=True):
+def close(found: Sequence[SteeredLlama], expected: SteeredLlama, own: Sequence[float] = NONE) -> None:
+    """Every way gives the logits of `expected`, on the same GPU. own: how far its rounding may move them, by batch:
+    where a last bit differs, half precision rounds a factor of the next product to the other side."""
+    for allowed, wanted, *each in zip(own, *map(logits_by_batch, (expected, *found)), strict=True):
         assert np.isfinite(wanted).all()
         for logits in each:
-            assert np.abs(logits - wanted).max() <= TOLERANCE * np.ptp(wanted)
+            assert np.abs(logits - wanted).max() <= TOLERANCE * np.ptp(wanted) + allowed
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -69,7 +71,7 @@ def test_the_gpu_turns_what_the_host_turns(
     steerings = steerings_for(model, operator, count)
     cpu = open_forced(model, "host", steerings, **CPU_ONLY)
     copied, *others = (open_forced(model, way, steerings, **ON_GPU) for way in ("copy", "device", "auto"))
-    close(others, copied)
+    close(others, copied, own_difference)
     for own, expected, found in zip(own_difference, *map(logits_by_batch, (cpu, others[0])), strict=True):
         assert np.abs(found - expected).max() <= 4 * own + TOLERANCE * np.ptp(expected)
     assert [(each._hook.turned == cpu._hook.turned).all() for each in (copied, *others)] == [True, True, True]
