@@ -110,6 +110,7 @@ MODEL_TYPES = {
     "qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3",
     "phi3": "phi3", "phi": "phi2", "cohere": "command-r", "falcon": "falcon", "gpt_neox": "gptneox",
+    "olmoe": "olmoe",
 }  # fmt: skip
 
 

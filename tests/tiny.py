@@ -53,6 +53,7 @@ class Family:
     head_width: int = WIDTH // HEADS
     permuted: bool = False  # llama.cpp turns neighbouring pairs of q and k, transformers the two halves of a head
     norm_plus_one: bool = False  # the norm multiplies with 1 + w
+    fused_by_head: bool = False  # transformers fuses q, k and v of each head, llama.cpp those of all heads
 
 
 def _rope(theta: float) -> dict[str, Any]:
@@ -131,6 +132,26 @@ STEERED_ONLY: dict[str, Family] = {
         "command-r", "cohere", {"tie_word_embeddings": True, "logit_scale": 0.25, "layer_norm_eps": 1e-5},
         {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.25},
     ),
+    "mistral3": Family("mistral3", "mistral", {"rope_parameters": _rope(1e6), "sliding_window": None}, permuted=True),
+    "olmoe": Family(
+        "olmoe", "olmoe",
+        {**_MOE, "num_key_value_heads": HEADS, "norm_topk_prob": False, "rope_parameters": _rope(1e4)},
+        {"attention.head_count_kv": HEADS, "expert_count": 4, "expert_used_count": 2},
+    ),
+    "falcon": Family(
+        "falcon", "falcon",
+        {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False, "alibi": False,
+         "activation": "gelu_new", "layer_norm_epsilon": 1e-5, "ffn_hidden_size": FEED_FORWARD},
+        {"attention.head_count_kv": 1, "attention.layer_norm_epsilon": 1e-5},
+    ),
+    "gpt_neox": Family(
+        "gptneox", "gpt_neox",
+        {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "use_parallel_residual": True,
+         "rope_parameters": {**_rope(1e4), "partial_rotary_factor": 0.5}},
+        {"attention.head_count_kv": HEADS, "attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8,
+         "use_parallel_residual": True},
+        fused_by_head=True,
+    ),
 }  # fmt: skip
 
 
@@ -174,10 +195,12 @@ def _fill(model: Any, made: Family, generator: torch.Generator) -> None:
                 weight.copy_(0.2 * drawn)
             elif weight.ndim == 1:
                 weight.copy_(centre + 0.2 * drawn)
-            elif "embed_tokens" in name:
+            elif any(part in name for part in ("embed_tokens", "embed_in", "word_embeddings")):
                 weight.copy_(0.3 * drawn)
             else:
-                weight.copy_((2.0 if "lm_head" in name else 1.5) * drawn / math.sqrt(weight.shape[-1]))
+                weight.copy_(
+                    (2.0 if "lm_head" in name or "embed_out" in name else 1.5) * drawn / math.sqrt(weight.shape[-1])
+                )
 
 
 # --- the tokenizer, twice -------------------------------------------------------------------------------------------
@@ -227,6 +250,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     else:
@@ -243,7 +268,7 @@ def _write_gguf(model: Any, made: Family, path: Path) -> None:
     common = {
         "context_length": CONTEXT, "embedding_length": WIDTH, "block_count": LAYERS,
         "feed_forward_length": FEED_FORWARD, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "vocab_size": VOCABULARY,
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", 1e-6), "vocab_size": VOCABULARY,
         "attention.key_length": made.head_width, "attention.value_length": made.head_width,
         "rope.dimension_count": made.head_width,
         "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
@@ -273,6 +298,8 @@ def _gguf_tensors(model: Any, made: Family) -> Iterator[tuple[str, NDArray[np.fl
             weight = _paired(weight, HEADS)
         if made.permuted and "attn_k." in name:
             weight = _paired(weight, KV_HEADS)
+        if made.fused_by_head and "attn_qkv" in name:
+            weight = weight.reshape(HEADS, 3, made.head_width, *weight.shape[1:]).swapaxes(0, 1).reshape(weight.shape)
         if "shexp" in name and len(weight) == 1:
             weight = weight[0]
         yield name, weight
