@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_steer.serve.errors import ApiError
 
+DRAIN_SECONDS = 5.0  # for a body that is too large, whose sender looks at the answer only then
 OPEN_PATHS = ("/health", "/", "/favicon.ico")  # what needs no key: the page asks for it
 
 
@@ -109,7 +111,20 @@ class _Body:
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    if error.status == 413 and "expect" not in Headers(scope=scope):  # else the client asks before it sends
+        await _drain(receive)
     await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read on for a while what a client sends: closed over bytes that nobody read, a socket takes the answer along."""
+
+    async def read() -> None:
+        while (await receive()).get("more_body", False):
+            pass
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DRAIN_SECONDS)
 
 
 def _too_large(most: int) -> ApiError:
