@@ -227,7 +227,7 @@ class Hook:
             self._pointer = c_void_p()
 
     def __del__(self) -> None:
-        if getattr(self, "_pointer", None):
+        if getattr(self, "_pointer", None) and c_void_p is not None:  # None where Python is ending
             self.close()
 
     @staticmethod
