@@ -119,6 +119,7 @@ class Ticket:
 
     def run(self, llm: SteeredLlama) -> None:
         """Do the work, on the model's thread."""
+        end: Any = Done()
         try:
             if self.cancelled:
                 raise Cancelled
@@ -127,16 +128,16 @@ class Ticket:
             llm.gates.set(self.gates)
             llm.cancelled = lambda: self.cancelled
             self._work(llm, self)
-            self.tell(Done())
         except Cancelled:
-            self.tell(Done())
+            pass
         except SteerError as error:
-            self.tell(ApiError(400, str(error)))
+            end = ApiError(400, str(error))
         except Exception as error:
-            self.tell(ApiError(500, f"{type(error).__name__}: {error}", type="server_error"))
+            end = ApiError(500, f"{type(error).__name__}: {error}", type="server_error")
         finally:
             llm.cancelled = None
-            self.over = True
+        self.over = True  # before its end is told: who hears of that finds it over
+        self.tell(end)
 
 
 class Worker:
@@ -160,7 +161,8 @@ class Worker:
 
     def find(self, id: str) -> Ticket | None:
         """The ticket `id`, while it is not over."""
-        return self._tickets.get(id)
+        ticket = self._tickets.get(id)
+        return None if ticket is None or ticket.over else ticket
 
     def submit(self, kind: str, dials: dict[str, Dial], gates: dict[str, Gate | None], work: Work) -> Ticket:
         """Queue work. Raises ApiError 503 if the queue is full."""
