@@ -23,6 +23,7 @@ types:
     rm -rf build/types/edge_steer && mkdir -p build/types
     cp -R edge_steer build/types && cp -R converters build/types/edge_steer
     cd build/types && {{python}} -m mypy --config-file ../../pyproject.toml
+    cd tests && {{python}} -m mypy --config-file mypy.ini .
 
 format:
     {{python}} -m ruff check --fix .

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from ctypes import c_char_p, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -23,9 +24,18 @@ from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 
 BATCHES = (1, 7, 512, 700)
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 TOLERANCE = 1e-4  # of the logits' range
-CPU_ONLY = {"n_gpu_layers": 0, "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE, "main_gpu": -1}  # large batches too
+CPU_ONLY: dict[str, Any] = {
+    "n_gpu_layers": 0,
+    "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE,
+    "main_gpu": -1,
+}  # large batches too
 
 
 @cache

@@ -21,7 +21,12 @@ from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 
 TOKENS = [256, *range(40, 90)]
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 ANGLES = (-12.0, 8.0, 90.0, 180.0)
 Logits = NDArray[np.float32]
 

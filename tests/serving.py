@@ -24,9 +24,9 @@ from edge_steer.serve.service import Service
 from edge_steer.serve.worker import Worker
 from edge_steer.steering import Steering, save_all
 
-SMALL = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
+SMALL: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
 GREEDY = Sampling(max_tokens=16, repeat_penalty=1.0)
-ASKED = {"temperature": 0, "repeat_penalty": 1.0, "max_tokens": 16}
+ASKED: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "max_tokens": 16}
 HELLO = [{"role": "user", "content": "hello there"}]
 
 

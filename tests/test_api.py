@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ import tiny
 import edge_steer
 from edge_steer.prompts import Prompt
 
-THREAD = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
+THREAD: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ fresh context gives."""
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -28,7 +29,12 @@ from edge_steer.steering import Steering
 
 HEAD = list(range(30, 60))  # what a chat template repeats
 ONE, OTHER = [*HEAD, 70, 71, 72, 73], [*HEAD, 80, 81]
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def steered(model: Case, angle: float | None = None, **llama: object) -> Steered
 def answer(llm: Llama, prompt: list[int], tokens: int = 1) -> tuple[list[int], NDArray[np.float32]]:
     """A greedy answer and the logits that its last token was chosen from."""
     said = []
-    stream: Iterator[int] = llm.generate(prompt, temp=0.0)
+    stream: Generator[int, Any, None] = llm.generate(prompt, temp=0.0)
     for token in stream:
         said.append(token)
         logits = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)).copy()

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import ONE_THREAD, process, ran, steering_for
@@ -25,7 +26,7 @@ from edge_steer.runtime.repl import Repl
 
 QUICK = Sampling(max_tokens=12)
 EOS = 257
-SMALL = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
+SMALL: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def test_a_question_that_never_fits_is_an_error_and_drops_nothing(llm: SteeredLl
 
 
 def test_ctrl_c_while_an_answer_is_shown_keeps_what_was_said(llm: SteeredLlama) -> None:
-    pressed = []
+    pressed: list[Any] = []
 
     def say(piece: str) -> None:
         if not pressed and piece.strip():

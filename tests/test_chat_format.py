@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import ONE_THREAD, ran, run
@@ -17,7 +18,7 @@ from edge_steer.errors import SteerError
 from edge_steer.runtime.llama import SteeredLlama
 
 CHAT = [{"role": "user", "content": "Hello"}]
-ONE = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
+ONE: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 NEEDS_TOOLS = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ tools | length }} <|user|>{{ messages[0].content }}"
 
 

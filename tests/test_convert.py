@@ -39,7 +39,8 @@ ROPE = {"rope_theta": 1e4}
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tiny.TinyModel]:
-    folder, built = tmp_path_factory.mktemp("tiny"), {}
+    folder = tmp_path_factory.mktemp("tiny")
+    built: dict[str, tiny.TinyModel] = {}
 
     def get(family: str) -> tiny.TinyModel:
         built[family] = built.get(family) or tiny.build(family, folder)

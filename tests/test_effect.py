@@ -32,7 +32,7 @@ def test_a_steering_works_right_after_calibration(smollm2: Path) -> None:
     divergence = Divergence(llm)
     for dial in (steering.angle_min, steering.angle_max):
         assert 0.75 * TARGET_KL < divergence.at("mood", dial) < 1.25 * TARGET_KL
-    gap = {}
+    gap: dict[float | None, float] = {}
     for dial in (steering.angle_min, None, steering.angle_max):
         llm.angle = dial
         gap[dial] = float(probe_gaps(llm, prompts.probes).mean())

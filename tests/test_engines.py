@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -22,7 +23,12 @@ from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 
 TOKENS = [256, *range(40, 100)]
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 
 
 @pytest.fixture(scope="module")

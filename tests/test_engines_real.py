@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ from edge_steer.verify.verification import Verification, verify
 
 pytestmark = pytest.mark.slow
 
-THREAD = {"n_threads": 1, "n_threads_batch": 1}
+THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,8 @@ def test_layer_norms_and_biases_fold_where_planes_are_orthogonal_to_ones() -> No
     baked = dict(tensors)
     for name in folded.parts:
         rows = np.atleast_2d(tensors[name]).astype(np.float32)
-        baked[name] = np.concatenate(list(changes.rows(name, lambda rows=rows: iter([rows[:5], rows[5:]])))).reshape(
-            tensors[name].shape
-        )
+        parts = partial(iter, [rows[:5], rows[5:]])
+        baked[name] = np.concatenate(list(changes.rows(name, parts))).reshape(tensors[name].shape)
     h = np.random.default_rng(1).standard_normal((7, D))
     expected = run(tensors, h, steering)
     assert np.abs(run(baked, h) - expected).max() < 2e-5

@@ -33,7 +33,12 @@ from edge_steer.runtime.answer import Sampling, stream_pieces
 from edge_steer.runtime.engines import EngineName
 from edge_steer.steering import Operator, Steering
 
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 THINKS = tiny.CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>{{ '<think>' if think }}{% endif %}")
 Actions = tuple[Action | None, ...]
 HELLO = "<|bos|><|user|>hello there<|end|><|assistant|>"

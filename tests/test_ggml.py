@@ -82,7 +82,7 @@ def test_a_type_of_another_size_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_ggml_s_functions_are_bound_by_name() -> None:
     bound = native.bound_ggml()
-    names = [name for name, _ in bound._fields_ if name.startswith("ggml_")]
+    names = [each[0] for each in bound._fields_ if each[0].startswith("ggml_")]
     assert "ggml_nrows" in names
     assert {name: getattr(bound, name) for name in names} == ggml.addresses(names)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     not gpus(), reason="llama.cpp finds no GPU: turning on a GPU is NOT tested; see docs/devices.md, or just try-vulkan"
 )
 
-ON_GPU = {"n_gpu_layers": -1}
+ON_GPU: dict[str, Any] = {"n_gpu_layers": -1}
 PROMPT = [256, *(30 + i % 200 for i in range(600))]
 
 
@@ -197,25 +198,27 @@ def test_a_real_model_is_steered_on_the_gpu_as_on_the_cpu(smollm2: Path) -> None
     )
     tokens = cpu.tokenize("\n".join(neutral_passages()).encode(), add_bos=True, special=False)[:48]
     plain: list[NDArray[np.float32]] = []
-    for angle in (None, -12.0, 12.0):
+    for angle in (None, steering.angle_min, steering.angle_max):
         found = []
         for llm in (cpu, device, copied):
             llm.angle = angle
             found.append(llm.logits([*tokens, 0], 1))
         plain = plain or found
-        own, now = (np.abs(each[1] - each[0]).mean() for each in (plain, found))
+        own, now, ways = (
+            np.abs(one - other).mean() for one, other in ((plain[1], plain[0]), (found[1], found[0]), found[1:])
+        )
         effect = np.abs(found[0] - plain[0]).mean()
         print(f"{angle}: the GPU's logits differ from the CPU's by {now:.4f} of {effect:.4f}, unsteered by {own:.4f}")
         assert now <= 2 * own
-        assert np.abs(found[2] - found[1]).max() <= 1e-2 * np.ptp(found[2])
+        assert ways <= own
         assert angle is None or effect > 4 * now
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("angle", ["-12", "12"])
-def test_generate_on_a_real_model_begins_the_same_on_the_gpu(smollm2: Path, angle: str) -> None:
+@pytest.mark.parametrize("strength", ["-1", "1"])
+def test_generate_on_a_real_model_begins_the_same_on_the_gpu(smollm2: Path, strength: str) -> None:
     """Quantized products differ, so that greedy texts may part; the first words do not."""
-    arguments = ["generate", "-m", str(smollm2), "-s", "sentiment", "--angle", angle, "--engine", "hook"]
+    arguments = ["generate", "-m", str(smollm2), "-s", "sentiment", "--strength", strength, "--engine", "hook"]
     arguments += ["-p", "How was your day?", "--max-tokens", "24", "--temperature", "0", "--threads", "1"]
     answers = [CliRunner().invoke(main, [*arguments, "--gpu-layers", layers]) for layers in ("0", "-1")]
     print(*(each.output for each in answers), sep="\n")

@@ -10,6 +10,7 @@ import sys
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from edge_steer.choices import OPERATORS, Operator
 from edge_steer.runtime.llama import SteeredLlama
 
 TOKENS = [256, *range(40, 60)]
-ONE = {"n_ctx": 256, **EXACT}
+ONE: dict[str, Any] = {"n_ctx": 256, **EXACT}
 
 
 @pytest.fixture(scope="module")

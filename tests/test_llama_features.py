@@ -89,7 +89,11 @@ def without_even_tokens(_: Any, logits: Any) -> Any:
 # Greedily this family says one thing only. llama-cpp-python goes past max_tokens where bytes make no character.
 DRAWN = completed(temperature=1.5, top_k=0, min_p=0.0, seed=5, logits_processor=LogitsProcessorList([ascii_only]))
 DRAFT = {"draft_model": LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=6)}
-QUANTIZED = {"type_k": Q8_0, "type_v": Q8_0, "flash_attn": True}  # rows of 32: the family has heads as wide
+QUANTIZED: dict[str, Any] = {
+    "type_k": Q8_0,
+    "type_v": Q8_0,
+    "flash_attn": True,
+}  # rows of 32: the family has heads as wide
 FEATURES = {
     "completion": Feature(completed()),
     "chat completion": Feature(chatted()),

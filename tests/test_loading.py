@@ -22,7 +22,7 @@ from edge_steer.export.lora import export_adapter
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.llama_log import llama_errors
 
-ONE = {"n_threads": 1, "n_threads_batch": 1}
+ONE: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from edge_steer.runtime.hook import _STATUS, Hook
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.steering import Steering
 
-ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 768}
+ONE_THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 768}
 TOKENS = [256, *range(40, 60)]
 _NO = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda _: False)
 
@@ -52,7 +53,7 @@ LIES = {
 def lying_hook(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     field, value = LIES[message]
     true = native.bound_ggml()
-    lie = type(true)(*(getattr(true, name) for name, _ in true._fields_))
+    lie = type(true)(*(getattr(true, each[0]) for each in true._fields_))
     setattr(lie, field, value)
     monkeypatch.setattr(native, "bound_ggml", lambda: lie)
     monkeypatch.setenv("EDGE_STEER_HOOK", "host")

@@ -22,7 +22,7 @@ from upstreams import listening
 from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
 
-OPTIONS = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": 16, "num_ctx": 8192, "mirostat": 0}
+OPTIONS: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": 16, "num_ctx": 8192, "mirostat": 0}
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ import tiny
 from edge_steer import SteerError
 from edge_steer.runtime.llama import SteeredLlama
 
-ONE = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
-GREEDY = {"max_tokens": 12, "temperature": 0}
+ONE: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
+GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
 # Llama's own loop goes on from token to token where there is a processor, SteeredLlama's where there is none.
 LOOPS = [{}, {"logits_processor": LogitsProcessorList([lambda _, scores: scores])}]
 

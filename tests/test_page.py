@@ -57,7 +57,7 @@ def page(context: BrowserContext, server: FakeServer, knobs: Knobs) -> Iterator[
     faults: list[str] = []
     opened = context.new_page()
     opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda line: "Security Policy" in line.text and faults.append(line.text))
+    opened.on("console", lambda line: faults.extend([line.text] if "Security Policy" in line.text else []))
     opened.goto(server.url)
     expect(opened.locator(".card")).to_have_count(2)
     yield opened

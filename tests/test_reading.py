@@ -28,7 +28,12 @@ from edge_steer.runtime.reading import read_site
 from edge_steer.sites import Site, site_of_module
 from edge_steer.steering import Steering
 
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 PROMPT = [256, *range(30, 67)]
 
 

@@ -18,7 +18,7 @@ import tiny
 
 from edge_steer.runtime.llama import SteeredLlama
 
-SMALL = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 7}
+SMALL: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 7}
 PROMPT = [256, 40, 50, 60]
 
 

@@ -30,7 +30,7 @@ from edge_steer.runtime.dials import FILE_DEFAULT
 from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import Site
 
-ONE = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
+ONE: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
 TOKENS = [256, *range(40, 60), 0]
 WARNING = "gives other logits than stopping at every site"
 

@@ -15,7 +15,7 @@ import tiny
 from serving import ASKED, HELLO, chunks, open_llm, serving
 from starlette.testclient import TestClient
 
-GREEDY = {"temperature": 0, "repeat_penalty": 1.0, "n_predict": 12}
+GREEDY: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "n_predict": 12}
 
 
 @pytest.fixture(scope="module")

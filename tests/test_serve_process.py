@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ from edge_steer.serve import run, worker
 from edge_steer.serve.app import Loading
 
 CHAT = "/v1/chat/completions"
-LONG = {"messages": HELLO, "temperature": 0, "repeat_penalty": 1.0, "max_tokens": 400}
+LONG: dict[str, Any] = {"messages": HELLO, "temperature": 0, "repeat_penalty": 1.0, "max_tokens": 400}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -29,7 +30,7 @@ from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.sites import Architecture, Site, SiteKind
 from edge_steer.steering import Steering
 
-ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
+ONE_THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
 CHAT = [{"role": "user", "content": "Hello there"}]
 
 

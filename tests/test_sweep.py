@@ -38,7 +38,7 @@ from edge_steer.sweep.search import QUICK_SIZE, SweepSize
 from edge_steer.sweep.sweep import Sweep, journal_settings
 from edge_steer.sweep.tables import write_csv, write_json
 
-RUN = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
+RUN: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 # A random model is no good at anything: it has a range at all with limits of its own.
 LENIENT = Budget(kl=0.5, retention=0.0, repetition_slack=1.0)
 SMALL = EvaluationSet(

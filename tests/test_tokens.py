@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -18,7 +19,7 @@ from edge_steer.runtime.llama import SteeredLlama
 pytest.importorskip("torch")
 import tiny
 
-ONE = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
+ONE: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 LONG = "<|" + "x" * 100 + "|>"
 
 

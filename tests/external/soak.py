@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,12 @@ from edge_steer.architectures import architecture
 from edge_steer.fetch import resolve
 from edge_steer.model_file import read_model
 
-EXACT = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_threads": 1, "n_threads_batch": 1}
+EXACT: dict[str, Any] = {
+    "type_k": llama_cpp.GGML_TYPE_F32,
+    "type_v": llama_cpp.GGML_TYPE_F32,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 OPERATORS = {"hook": ("selective", "adaptive", "addition"), "lora": ("selective", "selective", "ablation")}
 DIALS = {"selective": (-40, 40), "adaptive": (-180, 180), "addition": (-0.5, 0.5), "ablation": (1, 1)}
 LEAST_TOLERANCE = 2e-5  # of the logits' range: float32 sums in another order, through every layer
@@ -162,7 +167,7 @@ def answer(model: Model, draw: Draw, prompt: list[int]) -> list[int]:
     """One answer of a few tokens; its dials may move, and it may be abandoned."""
     llm, said = model.llm, []
     length = int(draw.rng.integers(1, 12))
-    stream: Iterator[int] = llm.generate(prompt, temp=0.0 if draw.chance(0.5) else 1.0, top_k=20)
+    stream: Generator[int, Any, None] = llm.generate(prompt, temp=0.0 if draw.chance(0.5) else 1.0, top_k=20)
     for token in stream:
         said.append(token)
         if len(said) >= length or llm.n_tokens + 2 >= model.context:

@@ -36,7 +36,7 @@ from edge_steer.steering import Steering, save_all
 
 PROMPTS = ("Write one sentence about the sea.", "How was your day?", "What do you think about the future?")
 DIALS = (-12.0, -6.0, None, 6.0, 12.0)
-GREEDY = {"temperature": 0.0, "repeat_penalty": 1.0}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 LENGTH = 32
 ONE_THREAD = ("-t", "1")
 CHAT = "/v1/chat/completions"

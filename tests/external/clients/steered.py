@@ -19,7 +19,7 @@ from edge_steer import SteeredLlama
 QUESTION = "How was your day?"
 BEGINNING = "The weather today was"
 CHAT = [{"role": "user", "content": QUESTION}]
-GREEDY = {"max_tokens": 12, "temperature": 0.0}
+GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0}
 PLAIN = {"repeat_penalty": 1.0}  # some clients have another default
 
 
