@@ -4,7 +4,10 @@ import { button } from "./dom.js";
 import { save, state } from "./state.js";
 import { signed } from "./steering.js";
 
-const PLAIN = 1 / 3; // of the way from the middle to a class's mean: nearer than this to the middle is neither
+// As shares of the way from the middle to a class's mean: nearer than PLAIN is neither end's colour; under a steering
+// words lie far beyond the mean, so the colour is full at FULL.
+const PLAIN = 1 / 3;
+const FULL = 3;
 
 /** Keep what a chunk read of the text that comes now. */
 export function keepReadings(answer, readings) {
@@ -37,4 +40,4 @@ export function readButton({ name, readable }, onread) {
 
 const readingsOf = (answer) => (answer.readings ?? []).flatMap((each) => (state.read in each.values ? [[each, each.values[state.read]]] : []));
 
-const toneOf = (value) => (Math.abs(value) < PLAIN ? 0 : Math.max(-1, Math.min(1, value)));
+const toneOf = (value) => (Math.abs(value) < PLAIN ? 0 : Math.max(-1, Math.min(1, value / FULL)));
