@@ -11,17 +11,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 
 import edge_steer
 from edge_steer.prompts import Prompt
 
 THREAD: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def test_two_lists_of_prompts_are_enough(model: Path, tmp_path: Path) -> None:

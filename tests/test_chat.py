@@ -14,7 +14,6 @@ from command import ONE_THREAD, process, ran, steering_for
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 
 from edge_steer.chat_template import ChatTemplate
 from edge_steer.errors import SteerError
@@ -27,11 +26,6 @@ from edge_steer.runtime.repl import Repl
 QUICK = Sampling(max_tokens=12)
 EOS = 257
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 @pytest.fixture

@@ -22,11 +22,6 @@ ONE: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 NEEDS_TOOLS = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ tools | length }} <|user|>{{ messages[0].content }}"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

@@ -37,18 +37,6 @@ from edge_steer.model_file import read_model  # noqa: E402
 ROPE = {"rope_theta": 1e4}
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tiny.TinyModel]:
-    folder = tmp_path_factory.mktemp("tiny")
-    built: dict[str, tiny.TinyModel] = {}
-
-    def get(family: str) -> tiny.TinyModel:
-        built[family] = built.get(family) or tiny.build(family, folder)
-        return built[family]
-
-    return get
-
-
 # --- the same model -------------------------------------------------------------------------------------------------
 
 

@@ -20,11 +20,6 @@ from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_way_gives_the_same_logits(model: Path, operator: Operator, count: int) -> None:

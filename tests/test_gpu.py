@@ -42,11 +42,6 @@ PROMPT = [256, *(30 + i % 200 for i in range(600))]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
-@pytest.fixture(scope="module")
 def own_difference(model: Path) -> list[float]:
     """By batch, how far the unsteered GPU's logits are from the CPU's."""
     cpu, gpu = (SteeredLlama(model, steering=(), n_ctx=768, **EXACT, **where) for where in (CPU_ONLY, ON_GPU))

@@ -32,11 +32,6 @@ TOKENS = [256, *range(40, 60)]
 ONE: dict[str, Any] = {"n_ctx": 256, **EXACT}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
 def steered(model: Path, angle: float | None, seed: int = 0, way: str = "auto", **how: object) -> SteeredLlama:
     with path_forced(way):
         return SteeredLlama(model, steering=steering_for(model, seed=seed), angle=angle, **ONE | how)

@@ -16,7 +16,6 @@ from planted import random_steering
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 
 from edge_steer import SteerError
 from edge_steer.architectures import architecture
@@ -30,11 +29,6 @@ from edge_steer.steering import Steering
 ONE_THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 768}
 TOKENS = [256, *range(40, 60)]
 _NO = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda _: False)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def steering_for(model: Path, seed: int = 0, name: str = "random") -> Steering:

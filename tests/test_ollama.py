@@ -14,8 +14,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("ollama")
 
 import ollama
-import tiny
-from serving import ASKED, HELLO, open_llm, serving
+from serving import ASKED, HELLO, open_llm
 from starlette.testclient import TestClient
 from upstreams import listening
 
@@ -23,17 +22,6 @@ from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
 
 OPTIONS: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": 16, "num_ctx": 8192, "mirostat": 0}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
-@pytest.fixture(scope="module")
-def client(model: Path) -> Iterator[TestClient]:
-    with serving(model) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

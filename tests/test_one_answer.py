@@ -24,11 +24,6 @@ GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
 LOOPS = [{}, {"logits_processor": LogitsProcessorList([lambda _, scores: scores])}]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
 def steered(model: Path) -> SteeredLlama:
     return SteeredLlama(model, steering=steering_for(model), angle=20, scope="response", **ONE)
 

@@ -23,7 +23,6 @@ from click.testing import CliRunner
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 from devices import EXACT, TOLERANCE, logits_by_batch, open_forced, steerings_for
 from planted import DIAL
 from ports import free_port
@@ -67,11 +66,6 @@ def serving() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 def servers() -> Iterator[list[str]]:
     with serving() as (one, _), serving() as (other, _):
         yield [one, other]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def on(servers: list[str], count: int) -> dict[str, object]:

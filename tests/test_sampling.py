@@ -14,17 +14,11 @@ from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList, StoppingCriteria
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 
 from edge_steer.runtime.llama import SteeredLlama
 
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 7}
 PROMPT = [256, 40, 50, 60]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def said(llm: Llama, tokens: int = 100, **how: Any) -> list[int]:

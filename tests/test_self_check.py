@@ -37,11 +37,6 @@ WARNING = "gives other logits than stopping at every site"
 Operation = ctypes.CFUNCTYPE(None, c_void_p, c_int, c_int, c_void_p)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
 # --- graphs that do something else than edge-steer asks ---------------------------------------------------------------
 
 

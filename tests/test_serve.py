@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
-import tiny
 from serving import ASKED, GREEDY, HELLO, chunks, joined, open_llm, serving
 from starlette.testclient import TestClient
 
@@ -24,17 +23,6 @@ from edge_steer.runtime.reading import TokenReadings
 from edge_steer.serve.guard import Rules
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
-@pytest.fixture(scope="module")
-def client(model: Path) -> Iterator[TestClient]:
-    with serving(model) as client:
-        yield client
 
 
 def own_answer(model: Path, happy: float | None, formal: float | None = None, sampling: Sampling = GREEDY) -> str:

@@ -19,7 +19,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
-import tiny
 from serving import HELLO, open_llm, server_at
 
 from edge_steer.runtime.answer import Sampling
@@ -41,11 +40,6 @@ TOOLS: list[Any] = [
         },
     }
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 @pytest.fixture(scope="module")

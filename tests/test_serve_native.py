@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
-import tiny
 from serving import ASKED, HELLO, chunks, open_llm, serving
 from starlette.testclient import TestClient
 
 GREEDY: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "n_predict": 12}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
-@pytest.fixture(scope="module")
-def client(model: Path) -> Iterator[TestClient]:
-    with serving(model) as client:
-        yield client
 
 
 def asked(client: TestClient, path: str, body: Any) -> Any:

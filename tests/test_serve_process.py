@@ -21,7 +21,6 @@ pytest.importorskip("fastapi")
 
 import httpx
 import numpy as np
-import tiny
 import uvicorn
 from command import PROGRAM, process
 from ports import free_port
@@ -33,11 +32,6 @@ from edge_steer.serve.app import Loading
 
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {"messages": HELLO, "temperature": 0, "repeat_penalty": 1.0, "max_tokens": 400}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 @pytest.fixture(scope="module")

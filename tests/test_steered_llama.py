@@ -20,7 +20,6 @@ from planted import random_steering
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 
 from edge_steer import MismatchError, NoEffectError, SteerError
 from edge_steer.architectures import architecture
@@ -32,11 +31,6 @@ from edge_steer.steering import Steering
 
 ONE_THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 256}
 CHAT = [{"role": "user", "content": "Hello there"}]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def steering_for(model: Path, **kwargs: object) -> Steering:

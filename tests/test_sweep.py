@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-import tiny
 from command import steering_for
 
 from edge_steer import SteerError
@@ -54,11 +53,6 @@ SMALL = EvaluationSet(
     positive=(Prompt("I am glad"), Prompt("I am well")),
     negative=(Prompt("I am sad"), Prompt("I am ill")),
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def start_sweep(model: Path, folder: Path, *steerings: Steering, report: Any = None, **changes: Any) -> Sweep:

@@ -23,11 +23,6 @@ ONE: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
 LONG = "<|" + "x" * 100 + "|>"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
-
-
 def with_keys(source: Path, target: Path, **keys: Value) -> Path:
     """A copy of a model with more metadata."""
     mapped = map_model(read_model(source))

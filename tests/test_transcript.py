@@ -13,7 +13,6 @@ from command import ONE_THREAD, process, steering_for
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import tiny
 
 from edge_steer.errors import FormatError, SteerError
 from edge_steer.runtime import rpc
@@ -23,11 +22,6 @@ from edge_steer.runtime.llama import SteeredLlama
 from edge_steer.runtime.transcript import read_transcript, save_beside
 
 TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi é"}]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("tiny")).gguf_path
 
 
 def test_a_resumed_chat_goes_on_as_one_that_never_ended(model: Path, tmp_path: Path) -> None:
