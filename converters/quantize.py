@@ -53,7 +53,8 @@ def quantize_file(
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(name)
     parameters.nthread = threads or 0
-    parameters.max_buf_size = _MAX_BUFFER
+    if hasattr(parameters, "max_buf_size"):  # before llama-cpp-python 0.3.36 llama.cpp took what it liked
+        parameters.max_buf_size = _MAX_BUFFER
 
     def count(text: bytes) -> None:
         if text.startswith(b"["):  # "[  12/ 272] blk.1.attn_q.weight …"
