@@ -53,8 +53,7 @@ def quantize_file(
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(name)
     parameters.nthread = threads or 0
-    if hasattr(parameters, "max_buf_size"):  # before llama-cpp-python 0.3.36 llama.cpp took what it liked
-        parameters.max_buf_size = _MAX_BUFFER
+    parameters.max_buf_size = _MAX_BUFFER
 
     def count(text: bytes) -> None:
         if text.startswith(b"["):  # "[  12/ 272] blk.1.attn_q.weight …"

@@ -24,7 +24,7 @@ INSTALL = f"pip install llama-cpp-python=={TESTED}"
 _FIELDS = {
     "llama_context_params": "cb_eval cb_eval_user_data n_ubatch",
     "llama_model_params": "devices n_gpu_layers vocab_only",
-    "llama_model_quantize_params": "ftype nthread",  # and max_buf_size, from 0.3.36 on
+    "llama_model_quantize_params": "ftype nthread max_buf_size",
     "llama_chat_message": "role content",
 }
 

@@ -46,7 +46,7 @@ def test_another_version_by_itself_is_no_reason(monkeypatch: pytest.MonkeyPatch)
         ("llama_context_params", "cb_eval"),
         ("llama_context_params", "cb_eval_user_data"),
         ("llama_model_params", "devices"),
-        ("llama_model_quantize_params", "nthread"),
+        ("llama_model_quantize_params", "max_buf_size"),
     ],
 )
 def test_a_field_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, structure: str, field: str) -> None:
