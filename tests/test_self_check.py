@@ -166,6 +166,11 @@ def test_a_good_graph_is_used_without_a_word(family: str, how: dict[str, Any], t
     assert not other._hook.went_inside
 
 
+def test_of_a_vocabulary_alone_nothing_is_looked_at(model: Path) -> None:
+    llm = SteeredLlama(model, steering=steering_for(model), angle=30.0, vocab_only=True, verbose=False)
+    assert llm.detokenize(llm.tokenize(b"Hello")) == b"Hello"
+
+
 def test_a_model_that_was_looked_at_is_as_fresh(model: Path) -> None:
     steering = steering_for(model)
     for how in ({"logits_all": True}, {}):

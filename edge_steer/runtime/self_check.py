@@ -38,7 +38,7 @@ def check_graph_path(llm: SteeredLlama) -> None:
     For a model that has just been loaded; leaves it as it was. A failure of both ways is left to the first answer.
     """
     hook = llm._hook
-    if hook.path != "auto" or not llm.steerings:
+    if hook.path != "auto" or not llm.steerings or llm.model_params.vocab_only:
         return
     for number, steering in enumerate(llm.steerings):
         hook.dial(number, _FAR[steering.operator])
