@@ -43,7 +43,6 @@ class Ticket:
         self.id = id
         self.dials = dials
         self.gates = gates
-        self.over = False
         self.cancelled = False
         self._work = work
         self._loop = asyncio.get_running_loop()
@@ -117,8 +116,8 @@ class Ticket:
     def _ping_later(self) -> asyncio.TimerHandle:
         return self._loop.call_later(PING_SECONDS, self._events.put_nowait, Ping())
 
-    def run(self, llm: SteeredLlama) -> None:
-        """Do the work, on the model's thread."""
+    def run(self, llm: SteeredLlama) -> Any:
+        """Do the work, on the model's thread; returns its last event, which is still to be told."""
         end: Any = Done()
         try:
             if self.cancelled:
@@ -136,8 +135,7 @@ class Ticket:
             end = ApiError(500, f"{type(error).__name__}: {error}", type="server_error")
         finally:
             llm.cancelled = None
-        self.over = True  # before its end is told: who hears of that finds it over
-        self.tell(end)
+        return end
 
 
 class Worker:
@@ -161,8 +159,7 @@ class Worker:
 
     def find(self, id: str) -> Ticket | None:
         """The ticket `id`, while it is not over."""
-        ticket = self._tickets.get(id)
-        return None if ticket is None or ticket.over else ticket
+        return self._tickets.get(id)
 
     def submit(self, kind: str, dials: dict[str, Dial], gates: dict[str, Gate | None], work: Work) -> Ticket:
         """Queue work. Raises ApiError 503 if the queue is full."""
@@ -193,11 +190,10 @@ class Worker:
                 if not self._waiting:
                     return
                 ticket = self._waiting.popleft()
-            try:
-                ticket.run(self._llm)
-            finally:
-                self.finished += 1
-                del self._tickets[ticket.id]
+            end = ticket.run(self._llm)
+            self.finished += 1
+            del self._tickets[ticket.id]
+            ticket.tell(end)  # last: who hears of it finds it counted, and over
 
 
 def busy(why: str) -> ApiError:
