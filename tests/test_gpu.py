@@ -46,7 +46,9 @@ def own_difference(model: Path) -> list[float]:
     """By batch, how far the unsteered GPU's logits are from the CPU's."""
     cpu, gpu = (SteeredLlama(model, steering=(), n_ctx=768, **EXACT, **where) for where in (CPU_ONLY, ON_GPU))
     pairs = zip(logits_by_batch(cpu), logits_by_batch(gpu), strict=True)
-    return [float(np.abs(found - expected).max()) for expected, found in pairs]
+    own = [(float(np.abs(found - expected).max()), float(np.ptp(expected))) for expected, found in pairs]
+    print("unsteered, GPU and CPU differ by", *(f"{each / reach:.1e}" for each, reach in own), "of the logits' range")
+    return [each for each, _ in own]
 
 
 def close(found: Sequence[SteeredLlama], expected: SteeredLlama, own: Sequence[float]) -> None:
@@ -55,6 +57,7 @@ def close(found: Sequence[SteeredLlama], expected: SteeredLlama, own: Sequence[f
     for allowed, wanted, *each in zip(own, *map(logits_by_batch, (expected, *found)), strict=True):
         assert np.isfinite(wanted).all()
         for logits in each:
+            print(f"two ways differ by {np.abs(logits - wanted).max() / np.ptp(wanted):.1e} of the logits' range")
             assert np.abs(logits - wanted).max() <= TOLERANCE * np.ptp(wanted) + allowed
 
 

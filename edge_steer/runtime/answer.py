@@ -112,16 +112,31 @@ def stream_pieces(
         )
 
 
+class Whole:
+    """An answer's pieces as they come, and `answer` behind the last of them; to be closed where it is left early."""
+
+    answer: Answer
+
+    def __init__(self, pieces: Generator[Piece, None, Answer]) -> None:
+        self._pieces = self._follow(pieces)
+
+    def _follow(self, pieces: Generator[Piece, None, Answer]) -> Generator[Piece, None, None]:
+        with closing(pieces):
+            self.answer = yield from pieces
+
+    def __iter__(self) -> Generator[Piece, None, None]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._pieces.close()
+
+
 def finish_answer(pieces: Generator[Piece, None, Answer], take: Callable[[Piece], object]) -> Answer:
     """The whole answer of `pieces`, each of which is given to `take`. Closes them, also where `take` raises."""
-    with closing(pieces):
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
+    with closing(Whole(pieces)) as whole:
+        for piece in whole:
             take(piece)
+        return whole.answer
 
 
 def _read(
@@ -130,16 +145,12 @@ def _read(
     """`pieces`, each with the readings of its token, and so when the next has come. begun: where the answer begins."""
     held: Piece | None = None
     place = begun - 1  # of the token that is held
-    with closing(pieces):
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                answer: Answer = end.value
-                break
+    with closing(Whole(pieces)) as whole:
+        for piece in whole:
             if held is not None:
                 yield replace(held, readings={name: llm.token_readings.at(name, place) for name in names})
             held, place = piece, place + 1
+    answer = whole.answer
     if held is not None:
         read = place < begun + answer.generated_tokens  # else it is the rest of the text, of no token
         yield replace(held, readings={name: llm.token_readings.at(name, place) for name in names}) if read else held

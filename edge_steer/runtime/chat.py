@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-from edge_steer.runtime.answer import Answer, Piece, Sampling, check_room, finish_answer, stream_pieces
+from edge_steer.runtime.answer import Answer, Piece, Sampling, Whole, check_room, finish_answer, stream_pieces
 from edge_steer.runtime.hooked_llama import Message
 from edge_steer.runtime.llama import SteeredLlama
 
@@ -24,15 +24,11 @@ def stream_answer(llm: SteeredLlama, messages: Sequence[Message], sampling: Samp
     Raises SteerError if the prompt fills the context.
     """
     pieces = stream_pieces(llm, llm.chat_tokens(messages), chat_sampling(llm, sampling), strip=True)
-    with closing(pieces):
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                answer: Answer = end.value
-                return answer
+    with closing(Whole(pieces)) as whole:
+        for piece in whole:
             if piece.text:
                 yield piece
+        return whole.answer
 
 
 def chat_sampling(llm: SteeredLlama, sampling: Sampling) -> Sampling:

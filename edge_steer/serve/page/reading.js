@@ -29,13 +29,12 @@ export function meanReading(answer) {
 /** A button that colours words by this steering, in answers that follow; `onread` is called after each press. */
 export function readButton({ name, readable }, onread) {
   if (!readable) return null;
-  const made = button("Colour words", () => {
+  return button("Colour words", () => {
     state.read = state.read === name ? "" : name;
     for (const each of document.querySelectorAll("[data-read]")) each.setAttribute("aria-pressed", String(each.dataset.read === state.read));
     save();
     onread();
   }, { className: "link read-button", "aria-pressed": String(state.read === name), "data-read": name, "aria-label": `Colour words by ${name}`, title: "From the next answer on: each word in the colour of the end that it lies toward" });
-  return made;
 }
 
 const readingsOf = (answer) => (answer.readings ?? []).flatMap((each) => (state.read in each.values ? [[each, each.values[state.read]]] : []));
