@@ -47,6 +47,7 @@ from edge_steer.prompts import Probe
 from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.together import SEQUENCES
 from edge_steer.steering import Steering, save_all
 
 MODELS = "smollm2-135m,gemma3-270m,qwen2.5-coder-0.5b,qwen2.5-coder-1.5b"
@@ -76,11 +77,12 @@ Cell = dict[str, Any]
 @click.option("--parts", default="effects,texts,sampled,cross,candidates", show_default=True)
 @click.option("--work", default="benchmarks/measured/effects", show_default=True, help="Where measurements are kept.")
 @click.option("--threads", default=2, show_default=True)
+@click.option("--gpu-layers", default=0, show_default=True, help="Layers on a GPU; -1 is all.")
 @click.option("--page", is_flag=True, help="Measure nothing; write the page.")
-def main(models: str, presets: str, parts: str, work: str, threads: int, page: bool) -> None:
+def main(models: str, presets: str, parts: str, work: str, threads: int, gpu_layers: int, page: bool) -> None:
     """Measure, and write the page."""
     top = Path(work)
-    run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads}
+    run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "n_gpu_layers": gpu_layers}
     measure: dict[str, Callable[[str, str, Path, dict[str, Any]], None]] = {
         "effects": effects, "texts": texts, "sampled": sampled, "cross": cross, "candidates": candidates,
     }  # fmt: skip
@@ -126,8 +128,9 @@ def open_steered(model: str, steerings: Sequence[Steering], run: dict[str, Any])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*overlap")
         return SteeredLlama(
-            resolve(model, fetch=True), steering=steerings, angles={each.name: None for each in steerings}, **run
-        )
+            resolve(model, fetch=True), steering=steerings, angles={each.name: None for each in steerings},
+            engine="hook", sequences=SEQUENCES, **run,
+        )  # fmt: skip
 
 
 def held_out_probes(preset: str, count: int) -> tuple[Probe, ...]:

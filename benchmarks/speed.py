@@ -1,11 +1,13 @@
 """What steering costs: prompts, generation, whole answers and calibration against the same without steering.
 
 python benchmarks/speed.py --results docs/results.md   # two small models, two shapes with random weights; 15 minutes
+python benchmarks/speed.py --gpu-layers -1             # on a GPU
 python benchmarks/speed.py --quick                     # SmolLM2-135M alone, without torch, in 2
 """
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
@@ -25,6 +27,7 @@ from timing.rounds import Row, Times, rounds_of, shares, table
 from timing.several import several_rows
 
 import edge_steer
+from edge_steer import ggml
 from edge_steer.fetch import resolve
 from edge_steer.steering import Steering
 
@@ -34,7 +37,9 @@ MODELS = {
     STREAM: "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M: the residual stream",
     "1b": "Llama-3.2-1B's shape, random weights, Q4_0",
     "3b": "Llama-3.2-3B's shape, random weights, Q4_0",
+    "8b": "Llama-3.1-8B's shape, random weights, Q4_0",
 }
+DEFAULT = (SMALL, STREAM, "1b", "3b")
 PICTURE = "speed.png"
 HOW = """\
 Medians over interleaved, shuffled rounds. A share is a row's speed over that of its baseline in the same round, with
@@ -45,32 +50,57 @@ contexts are apart."""
 
 
 @click.command()
-@click.option("--models", default=",".join(MODELS), show_default=True)
+@click.option("--models", default=",".join(DEFAULT), show_default=True)
 @click.option("--minutes", default=7.0, show_default=True, help="For the models' main tables; the rest comes on top.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of every row, instead of as many as fit in --minutes.")
 @click.option("--threads", default=2, show_default=True)
+@click.option(
+    "--gpu-layers", default=0, show_default=True, help="Layers on a GPU, -1 is all; then the main tables alone."
+)
 @click.option("--quick", is_flag=True, help="SmolLM2-135M alone, few rounds, without torch.")
 @click.option(
     "--results", type=click.Path(path_type=Path), help="The page to write them into; a picture goes beside it."
 )
-def main(models: str, minutes: float, rounds: int | None, threads: int, quick: bool, results: Path | None) -> None:
+def main(
+    models: str, minutes: float, rounds: int | None, threads: int, gpu_layers: int, quick: bool, results: Path | None
+) -> None:
     """Print the tables, in Markdown."""
     chosen = [SMALL] if quick else models.split(",")
     if unknown := set(chosen) - set(MODELS):
         raise click.UsageError(f"expected models among {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
-    page = [f"## Speed\n\n`{' '.join(['python', *sys.argv])}`\n\n{setting(threads)}\n\n{HOW}"]
-    if results:
+    page = [f"## Speed\n\n`{' '.join(['python', *sys.argv])}`\n\n{setting(threads, gpu_layers)}\n\n{HOW}"]
+    if results and not gpu_layers:
         page += [f"![Speed as a share of unsteered]({PICTURE})"]
     measured: dict[str, tuple[Sequence[Row], Times]] = {}
     seconds = 60 * (0.8 if quick else minutes) / len(chosen)
     for name in chosen:
-        told, measured[MODELS[name]] = model_page(name, threads, seconds, rounds, quick=quick)
-        page += told
+        if gpu_layers:
+            page += gpu_page(name, threads, gpu_layers, seconds, rounds)
+        else:
+            told, measured[MODELS[name]] = model_page(name, threads, seconds, rounds, quick=quick)
+            page += told
     text = "\n\n".join(page)
     click.echo(text)
     if results:
-        write_part(results, "speed.py", text)
+        write_part(results, "speed.py on a GPU" if gpu_layers else "speed.py", text)
+    if measured and results:
         draw(results.parent / PICTURE, measured, decoding.METRICS)
+
+
+def gpu_page(name: str, threads: int, layers: int, seconds: float, rounds: int | None) -> list[str]:
+    """The main table of one model on a GPU."""
+    with ExitStack() as stack:
+        rows = decoding.Contexts(model_path(name), threads, layers, stack).gpu_rows()
+        times = timed(MODELS[name], rows, rounds, seconds)
+    return [
+        f"### {MODELS[name]}",
+        *section("Prompts, then more tokens", rows, times, decoding.METRICS),
+        control_line(times),
+    ]
+
+
+def model_path(name: str) -> Path:
+    return resolve(name, fetch=True) if name in (SMALL, STREAM) else shapes.build(name)
 
 
 def model_page(
@@ -78,10 +108,10 @@ def model_page(
 ) -> tuple[list[str], tuple[Sequence[Row], Times]]:
     """The tables of one model; and the rows and times of the first."""
     small = name == SMALL
-    path = resolve(name, fetch=True) if name in (SMALL, STREAM) else shapes.build(name)
+    path = model_path(name)
     page = [f"### {MODELS[name]}"]
     with ExitStack() as stack:
-        contexts = decoding.Contexts(path, threads, stack)
+        contexts = decoding.Contexts(path, threads, 0, stack)
         limits = (0.99, 0.97) if small else (0.995, 0.995)
         rows = contexts.stream_rows(0.99) if name == STREAM else contexts.rows(*limits, brief=name == "3b")
         times = timed(MODELS[name], rows, rounds, seconds)
@@ -158,7 +188,13 @@ def section(title: str, rows: Sequence[Row], times: Times, metrics: Mapping[str,
     return [f"#### {title}", f"Rounds: {' or '.join(map(str, counts))}.", "\n".join(table(rows, times, metrics))]
 
 
-def setting(threads: int) -> str:
+def gpu_names() -> list[str]:
+    describe = ggml.base().ggml_backend_dev_description
+    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    return [describe(device).decode() for device in ggml.local_devices(ggml.GPU)]
+
+
+def setting(threads: int, gpu_layers: int) -> str:
     """When, where and with what."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -166,8 +202,9 @@ def setting(threads: int) -> str:
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on = f"{gpu_layers} layers on {', '.join(gpu_names())}, " if gpu_layers else ""
     return (
-        f"{datetime.date.today()}, {processor}, {cores} cores, {platform.system()} {platform.machine()}, "
+        f"{on}{datetime.date.today()}, {processor}, {cores} cores, {platform.system()} {platform.machine()}, "
         f"{threads} threads, edge-steer {edge_steer.__version__}, llama-cpp-python {llama_cpp.__version__}."
     )
 

@@ -22,7 +22,8 @@ INSTALL = f"pip install llama-cpp-python=={TESTED}"
 
 # Fields that are set or read by name: ctypes takes any other name for an attribute of Python's, and nothing happens.
 _FIELDS = {
-    "llama_context_params": "cb_eval cb_eval_user_data n_ubatch",
+    "llama_context_params": "cb_eval cb_eval_user_data kv_unified n_seq_max n_ubatch",
+    "llama_batch": "logits n_seq_id n_tokens pos seq_id token",
     "llama_model_params": "devices n_gpu_layers vocab_only",
     "llama_model_quantize_params": "ftype nthread max_buf_size",
     "llama_chat_message": "role content",
@@ -31,7 +32,8 @@ _FIELDS = {
 # What else of the C interface is used, by name.
 _DECLARED = (
     "GGML_TYPE_F32 LLAMA_FTYPE_ALL_F32 llama_adapter_lora_free llama_adapter_lora_init llama_adapter_lora_p_ctypes "
-    "llama_backend_init llama_chat_apply_template llama_chat_builtin_templates llama_log_callback llama_log_set "
+    "llama_backend_init llama_chat_apply_template llama_chat_builtin_templates llama_get_memory llama_log_callback "
+    "llama_log_set llama_memory_seq_pos_min llama_memory_seq_rm llama_model_n_swa "
     "llama_model_default_params llama_model_free llama_model_get_vocab llama_model_load_from_file "
     "llama_model_quantize llama_model_quantize_default_params llama_print_system_info llama_set_adapters_lora "
     "llama_supports_gpu_offload llama_supports_rpc llama_token llama_token_to_piece llama_tokenize "
@@ -107,8 +109,8 @@ _HOLD_A_BATCH = {"__init__", "eval", "embed"}
 
 # What a model that is made must have.
 _ATTRIBUTES = (
-    "input_ids n_tokens _requires_eval _batch _ctx _ctx.ctx _model _model.vocab _n_vocab _logits_all _lora_adapter "
-    "_sampler _stack draft_model last_n_tokens_size lora_scale n_batch verbose"
+    "input_ids n_tokens _requires_eval _batch _batch.batch _batch.n_seq_max _ctx _ctx.ctx _model _model.vocab _n_vocab "
+    "_logits_all _lora_adapter _sampler _stack draft_model last_n_tokens_size lora_scale n_batch verbose"
 )
 
 

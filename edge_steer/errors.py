@@ -11,6 +11,7 @@ def quote(value: object, most: int = _SHOWN) -> str:
         text = repr(value[:most] if isinstance(value, str) else value)
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply"
+    text = " ".join(line.strip() for line in text.splitlines())  # an array is shown on several
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -6,7 +6,10 @@
 
 int32_t steer_abi(void) { return STEER_ABI; }
 
-static void record_row(const steer_hook *hook, int32_t site, const float *h) {
+/* How many of a tensor's n rows are recorded. */
+static int64_t recorded(const steer_hook *hook, int64_t n) { return n < hook->record.last ? n : hook->record.last; }
+
+static void record_row(const steer_hook *hook, int32_t site, int64_t number, const float *h) {
     const struct steer_record *to = &hook->record;
     const int64_t d = hook->d, at = site * d;
     double square = 0;
@@ -20,7 +23,12 @@ static void record_row(const steer_hook *hook, int32_t site, const float *h) {
     }
     if (to->sum_norm) to->sum_norm[site] += norm;
     if (to->count) to->count[site] += 1;
-    if (to->rows) memcpy(to->rows + at, h, (size_t)d * sizeof(float));
+    if (to->rows) memcpy(to->rows + (site * to->last + number) * d, h, (size_t)d * sizeof(float));
+}
+
+/* h: the rows that are recorded, count of them. */
+static void record_rows(const steer_hook *hook, int32_t site, const float *h, int64_t count) {
+    for (int64_t i = 0; i < count; i++) record_row(hook, site, i, h + i * hook->d);
 }
 
 /* ---- the ways to a tensor's memory ---------------------------------------------------------------------------- */
@@ -28,7 +36,8 @@ static void record_row(const steer_hook *hook, int32_t site, const float *h) {
 static int32_t act_in_place(steer_hook *hook, int32_t site, struct ggml_tensor *tensor, int64_t n) {
     float *rows = hook->ggml.get_data(tensor);
     if (rows == NULL) return STEER_NO_BUFFER;
-    if (hook->recording) record_row(hook, site, rows + (n - 1) * hook->d);
+    const int64_t last = recorded(hook, n);
+    if (hook->recording) record_rows(hook, site, rows + (n - last) * hook->d, last);
     if (hook->sites[site].read) steer_read_rows(hook, site, rows, n);
     steer_turn_rows(hook->steerings, &hook->sites[site], hook->d, rows, n);
     return STEER_OK;
@@ -48,10 +57,11 @@ static float *scratch(steer_hook *hook, int64_t n) {
 
 static int32_t record_copy(steer_hook *hook, int32_t site, const struct ggml_tensor *tensor, int64_t n) {
     const size_t row_size = (size_t)hook->d * sizeof(float);
-    float *row = scratch(hook, 1);
-    if (row == NULL) return STEER_NO_MEMORY;
-    hook->ggml.tensor_get(tensor, row, (size_t)(n - 1) * row_size, row_size);
-    record_row(hook, site, row);
+    const int64_t last = recorded(hook, n);
+    float *rows = scratch(hook, last);
+    if (rows == NULL) return STEER_NO_MEMORY;
+    hook->ggml.tensor_get(tensor, rows, (size_t)(n - last) * row_size, (size_t)last * row_size);
+    record_rows(hook, site, rows, last);
     return STEER_OK;
 }
 
@@ -310,7 +320,7 @@ int32_t steer_dial(steer_hook *hook, int32_t id, const double *xyz) {
 }
 
 int32_t steer_set_record(steer_hook *hook, const struct steer_record *to) {
-    if (hook == NULL) return STEER_BAD_ARGUMENT;
+    if (hook == NULL || (to && to->last < 1)) return STEER_BAD_ARGUMENT;
     hook->recording = to != NULL;
     hook->record = to ? *to : (struct steer_record){0};
     return STEER_OK;

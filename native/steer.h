@@ -1,7 +1,7 @@
 /* steer: turns activations inside llama.cpp, records them, and reads how far they lie along an axis.
  *
  * One hook belongs to one llama_context. llama.cpp calls steer_eval for every node of its compute graph; at the
- * sites it was told of, the hook records the last row, reads every row, then applies the steerings that are on, in order.
+ * sites it was told of, the hook records the last rows, reads every row, then applies the steerings that are on, in order.
  *
  * The library links to nothing and keeps no globals: the ggml functions come from the caller. The caller owns the
  * arrays it passes; those marked "kept" must outlive the hook, the others are copied. Setters and getters may only
@@ -22,7 +22,7 @@
 #define STEER_API __attribute__((visibility("default")))
 #endif
 
-#define STEER_ABI 6
+#define STEER_ABI 7
 
 enum steer_status {
     STEER_OK = 0,
@@ -145,13 +145,14 @@ struct steer_ggml {
     const struct steer_graph_ggml *graph;   /* copied; null where there is no path inside the graph; wants a device */
 };
 
-/* Where the last row h of each site is added to or written; any of them may be null. S sites. */
+/* Where the last rows h of each site are added to or written; any pointer may be null. S sites. */
 struct steer_record {
-    double *sum;      /* (S, d)  sum of h       */
-    double *sum_unit; /* (S, d)  sum of h / |h| */
-    double *sum_norm; /* (S)     sum of |h|     */
-    int64_t *count;   /* (S)     rows added     */
-    float *rows;      /* (S, d)  the latest h   */
+    double *sum;      /* (S, d)        sum of h                                      */
+    double *sum_unit; /* (S, d)        sum of h / |h|                                */
+    double *sum_norm; /* (S)           sum of |h|                                    */
+    int64_t *count;   /* (S)           rows added                                    */
+    float *rows;      /* (S, last, d)  the latest h; a tensor may have fewer         */
+    int64_t last;     /* how many rows at a tensor's end are recorded, 1 or more     */
 };
 
 /* Where a site's rows h are read along an axis: gain (h.axis) + offset, row by row, into to[at], to[at + 1], ...;

@@ -44,6 +44,7 @@ static const struct steer_field FIELDS[] = {
     FIELD(steer_record, sum_norm)
     FIELD(steer_record, count)
     FIELD(steer_record, rows)
+    FIELD(steer_record, last)
     SIZE(steer_record)
 
     FIELD(steer_reading, site)

@@ -74,7 +74,7 @@ def test_an_activation_at_every_site_is_torch_s(models: dict[str, tiny.TinyModel
     expected = torch_rows(model, steering, 30.0)
     assert len(expected) == len(steering.steered)
     for site, row in expected.items():
-        found = record.rows[llm.hook_sites.index(site)]
+        found = record.rows[llm.hook_sites.index(site), 0]
         assert np.abs(found - row).max() <= 1e-3 * np.abs(row).max(), site
 
 

@@ -139,6 +139,7 @@ def test_another_way_for_tokens_into_the_cache_is_named(monkeypatch: pytest.Monk
 def test_a_model_without_an_attribute_is_refused() -> None:
     llm = SimpleNamespace(**{name: 0 for name in compatibility._ATTRIBUTES.split() if "." not in name})
     llm._ctx, llm._model = SimpleNamespace(ctx=0), SimpleNamespace(vocab=0)
+    llm._batch = SimpleNamespace(batch=0, n_seq_max=1)
     compatibility.check_model(llm)
     del llm._model.vocab
     with pytest.raises(MismatchError, match=r"expected a Llama with _model\.vocab, got none; pip install"):

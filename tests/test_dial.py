@@ -12,7 +12,14 @@ from planted import random_steering
 from edge_steer.calibration.dial import TARGET_KL, TOLERANCE, DialPosition, find_dial, with_provisional_range
 from edge_steer.calibration.engines import NativeEngine, TorchEngine
 from edge_steer.calibration.pipeline import CalibrationOptions, calibrate_model
-from edge_steer.calibration.site_choice import CANDIDATES, CalibrationSplit, format_table
+from edge_steer.calibration.site_choice import (
+    ATTENTION,
+    CANDIDATES,
+    CalibrationSplit,
+    Candidate,
+    choose_best,
+    format_table,
+)
 from edge_steer.choices import Operator
 from edge_steer.errors import NoEffectError
 from edge_steer.prompts import Prompt, PromptSet
@@ -95,10 +102,48 @@ def test_both_engines_choose_alike(tmp_path: Path) -> None:
     native = calibrate_model(NativeEngine(str(model.gguf_path), run), PROMPTS)
     torch = calibrate_model(TorchEngine(str(model.hf_dir), {"device": "cpu"}), PROMPTS)
     assert native.made.candidates == torch.made.candidates
-    assert set(native.made.candidates) == {each.name for each in CANDIDATES}
+    assert set(native.made.candidates) | {ATTENTION.name} == {each.name for each in CANDIDATES}
     assert native.made.candidate_max == pytest.approx(torch.made.candidate_max, rel=0.05)
     assert native.made.candidate_positive == pytest.approx(torch.made.candidate_positive, rel=0.2, abs=1e-3)
     assert native.angle_max == pytest.approx(torch.angle_max, rel=0.05)
+
+
+@pytest.mark.parametrize(("norms", "is_measured"), [(0.74, False), (0.76, True), (2.0, True)])
+def test_attention_is_not_measured_where_norms_fall_behind(
+    monkeypatch: pytest.MonkeyPatch, norms: float, is_measured: bool
+) -> None:
+    """Its sites are among theirs; what is measured looks for its dial where the one before it was found."""
+    effects = {"layer_out shared": 1.0, "layer_out local": 0.9, "norms local": norms, "attention local": 9.0}
+    model: Any = type("Dialled", (), {"angles": dict.fromkeys(effects)})()
+    scales = {"layer_out shared": 2.0, "layer_out local": 2.1, "norms local": 40.0, "attention local": 45.0}
+    asked: list[tuple[str, float]] = []
+
+    class Scaled:
+        def __init__(self, model: Any) -> None: ...
+
+        def at(self, name: str, angle: float) -> float:
+            asked.append((name, angle))
+            return TARGET_KL * (abs(angle) / scales[name]) ** 2
+
+    def gap(model: Any, prompts: Any) -> Any:
+        return lambda: sum(math.copysign(effects[name], dial) for name, dial in model.angles.items() if dial)
+
+    monkeypatch.setattr("edge_steer.calibration.site_choice.Divergence", Scaled)
+    monkeypatch.setattr("edge_steer.calibration.site_choice._probe_gap", gap)
+    steerings = {each: steering().with_(name=each.name) for each in CANDIDATES}
+    steps: list[int] = []
+    found = choose_best(model, steerings, CalibrationSplit(PROMPTS, None), step=steps.append)[1]
+    assert [each.candidate for each in found if each.candidate == ATTENTION] == [ATTENTION] * is_measured
+    assert sum(steps) == 6
+    first = {name: angle for name, angle in reversed(asked) if angle > 0}
+    assert first["layer_out local"] == found_dial(found, Candidate("layer_out", "shared"))
+    if is_measured:
+        assert first["attention local"] == found_dial(found, Candidate("norms", "local"))
+        assert found[0].candidate == ATTENTION
+
+
+def found_dial(found: Any, candidate: Candidate) -> float:
+    return next(float(each.high.angle) for each in found if each.candidate == candidate)
 
 
 def test_what_is_given_is_not_measured(tmp_path: Path) -> None:

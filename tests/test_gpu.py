@@ -29,6 +29,7 @@ from edge_steer.model_file import read_model
 from edge_steer.preset import neutral_passages
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.together import SEQUENCES
 from edge_steer.sharing.shipped import shipped_file
 from edge_steer.sites import Site
 from edge_steer.steering import Steering
@@ -149,6 +150,18 @@ def test_recording_on_the_gpu_gives_the_cpu_s_sums(model: Path) -> None:
     assert np.abs(records[0].sum - records[1].sum).max() <= 2e-3 * np.abs(records[0].sum).max()
 
 
+def test_prompts_recorded_together_on_the_gpu_are_the_cpu_s(model: Path) -> None:
+    prompts = [[256, *range(30, 40 + count)] for count in range(20)]
+    found = []
+    for where in (CPU_ONLY, ON_GPU):
+        llm = SteeredLlama(model, steering=(), n_ctx=768, sequences=SEQUENCES, **EXACT, **where)
+        records = list(llm.observe_each(prompts))
+        assert len(records) < len(prompts)
+        found.append(np.concatenate([each.rows for each in records], axis=1))
+    assert found[0].shape == found[1].shape == (len(llm.hook_sites), len(prompts), tiny.WIDTH)
+    assert np.abs(found[0] - found[1]).max() <= 1e-2 * np.abs(found[0]).max()
+
+
 def test_recording_and_turning_at_once_records_what_was_there_before(model: Path) -> None:
     steerings = steerings_for(model, "selective", 1)
     records = []
@@ -209,4 +222,4 @@ def test_a_real_model_is_steered_on_the_gpu_as_on_the_cpu(smollm2: Path) -> None
         print(f"{angle}: the GPU's logits differ from the CPU's by {now:.4f} of {effect:.4f}, unsteered by {own:.4f}")
         assert now <= 2 * own
         assert ways <= own
-        assert angle is None or effect > 4 * now
+        assert angle is None or effect > 2 * now

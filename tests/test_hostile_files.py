@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from raw_gguf import ARRAY, BOOL, F32, STRING, U8, U32, U64, array, entry, head, tensor, text
 
 from edge_steer.architectures import architecture
-from edge_steer.errors import FormatError, SteerError
+from edge_steer.errors import FormatError, SteerError, quote
 from edge_steer.importing.control_vector import import_control_vector
 from edge_steer.importing.target import Target, read_target
 from edge_steer.model_file import read_model
@@ -327,3 +327,8 @@ def test_what_an_array_claims_is_not_allocated(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("value", [np.full((2, 3), 1e6 + 1), "two\nlines", ["\u2028", b"\n"]])
+def test_what_a_file_holds_is_quoted_in_one_line(value: object) -> None:
+    assert quote(value).isprintable()

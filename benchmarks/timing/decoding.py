@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -89,22 +90,28 @@ class CallbackFields:
             self._words[self._at], self._words[self._at + 1] = self._hook
 
 
+def evaluate(llm: Llama, tokens: Sequence[int]) -> None:
+    """Evaluate tokens, and wait for a GPU to have done so."""
+    Llama.eval(llm, tokens)
+    llama_cpp.llama_synchronize(llm._ctx.ctx)
+
+
 def timed(llm: Llama, before: Callable[[int], None] | None = None) -> dict[str, float]:
     """Seconds per token of a prompt, and of generating after it: the median over its tokens, what is done `before` each
     included."""
     prompt = [1000 + i for i in range(PROMPT)]
     llm.reset()
-    Llama.eval(llm, prompt[:2])  # graphs are made anew where something was switched
+    evaluate(llm, prompt[:2])  # graphs are made anew where something was switched
     llm.reset()
     begun = time.perf_counter()
-    Llama.eval(llm, prompt)
+    evaluate(llm, prompt)
     evaluated = time.perf_counter() - begun
     spent = []
     for i in range(GENERATED):
         begun = time.perf_counter()
         if before:
             before(i)
-        Llama.eval(llm, [2000 + i])
+        evaluate(llm, [2000 + i])
         spent.append(time.perf_counter() - begun)
     return {"prompt": evaluated / PROMPT, "generation": float(np.median(spent))}
 
@@ -112,17 +119,19 @@ def timed(llm: Llama, before: Callable[[int], None] | None = None) -> dict[str, 
 class Contexts:
     """The contexts of one model and the rows that are timed in them."""
 
-    def __init__(self, path: Path, threads: int, stack: ExitStack) -> None:
-        self.path, self.threads = path, threads
+    def __init__(self, path: Path, threads: int, gpu_layers: int, stack: ExitStack) -> None:
+        self.path = path
         self.model = read_model(path)
         self.twenty, self.every = site_sets(self.model)
-        self.run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
+        self.run = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "n_gpu_layers": gpu_layers,
+                    "verbose": False}  # fmt: skip
         self.steerings = [
             steering(self.model, self.twenty, "twenty"),
             *(steering(self.model, self.every, f"every-{i}", 1 + i) for i in range(STEERINGS)),
             *(steering(self.model, upper_half(self.model, sites), sites, 4) for sites in ("layer_out", "norms")),
         ]
-        self.hooked = SteeredLlama(path, steering=self.steerings, angles=dict.fromkeys(self._names()), **self.run)
+        dials = dict.fromkeys(self._names())
+        self.hooked = SteeredLlama(path, steering=self.steerings, angles=dials, engine="hook", **self.run)
         self.plain = Llama(str(path), **self.run)
         self.fields = CallbackFields(self.hooked)
         self._stack = stack
@@ -224,6 +233,22 @@ class Contexts:
                 )
                 for sites in ("layer_out", "norms")
             ),
+        ]
+
+    def gpu_rows(self) -> list[Row]:
+        """Every way to steer, with no share asked of any: how much a stop at a site costs is the GPU's to tell."""
+        rows = [replace(row, limits={}) for row in self.stream_rows(0)]
+        n, baked = len(self.every), self.baked()
+        return [
+            *rows,
+            Row("one steering read, idle", self.read, PLAIN),
+            Row(f"hook, all {n} sites", partial(self.turned, "every-0"), PLAIN),
+            Row(
+                f"hook, three steerings at all {n} sites", partial(self.turned, "every-0", "every-1", "every-2"), PLAIN
+            ),
+            Row("lora engine, 20 sites", self.adapted(0), CONTROL),
+            Row("llama.cpp's control vector", self.control_vector, CONTROL),
+            Row("baked, 20 sites", partial(timed, baked), PLAIN),
         ]
 
     def rows(self, hook: float, hook_all: float, *, brief: bool) -> list[Row]:

@@ -25,7 +25,7 @@ ROWS = 256  # in a block that is drawn
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes; embeddings are tied, as in the small Llama-3.2 models."""
+    """A Llama's sizes; embeddings are tied here, as in the small Llama-3.2 models."""
 
     name: str
     layers: int
@@ -44,6 +44,7 @@ class Shape:
 SHAPES = {
     "1b": Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8),
     "3b": Shape("Llama-3.2-3B", 28, 3072, 8192, 24, 8),
+    "8b": Shape("Llama-3.1-8B", 32, 4096, 14336, 32, 8),
 }
 
 

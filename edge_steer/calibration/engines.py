@@ -62,6 +62,7 @@ class NativeEngine:
 
     def open_steered(self, steerings: Sequence[Steering]) -> MeasuredModel:
         from edge_steer.runtime.llama import SteeredLlama
+        from edge_steer.runtime.together import SEQUENCES
 
         self.close()
         context = min(_MEASURED_CONTEXT, self.parameters.get("n_ctx", _MEASURED_CONTEXT))
@@ -69,7 +70,7 @@ class NativeEngine:
             warnings.filterwarnings("ignore", message=".*overlap")
             self._opened = SteeredLlama(
                 self.path, steering=steerings, angles={each.name: None for each in steerings},
-                **{**self.parameters, "n_ctx": context},
+                sequences=SEQUENCES, **{**self.parameters, "n_ctx": context},
             )  # fmt: skip
         model: MeasuredModel = self._opened
         return model

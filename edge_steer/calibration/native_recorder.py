@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_steer.architectures import architecture
 from edge_steer.calibration.sums import KEPT, ClassSums, Float64
@@ -15,11 +16,13 @@ from edge_steer.model_file import read_model
 from edge_steer.prompts import Prompt
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.measuring import check_length
+from edge_steer.runtime.together import SEQUENCES
 from edge_steer.sites import OUTER_KINDS
 
 
 class NativeRecorder:
-    """A Recorder on llama.cpp. Prompts are evaluated one by one, unsteered; what two share is evaluated once."""
+    """A Recorder on llama.cpp. Prompts are evaluated unsteered, as many at once as fit into a batch."""
 
     name = "native"
 
@@ -28,7 +31,7 @@ class NativeRecorder:
         file = read_model(model_path)
         kinds = architecture(file.architecture, (tensor.name for tensor in file.tensors)).kinds_for(sites)
         self.base = file.base
-        self._llm = SteeredLlama(model_path, steering=(), **llama)
+        self._llm = SteeredLlama(model_path, steering=(), sequences=SEQUENCES, **llama)
         self._at = [number for number, site in enumerate(self._llm.hook_sites) if site.kind in kinds]
         there = self._reached_sites()
         # Not every architecture names the stream or the norm before the head; then neither is a choice.
@@ -49,17 +52,15 @@ class NativeRecorder:
 
     def sums(self, prompts: Sequence[Prompt], step: Callable[[int], None]) -> ClassSums:
         """Float64 sums over the prompts' last tokens, (S, d)."""
-        record = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
-        rows = np.empty((min(len(prompts), KEPT), len(self.sites), self.base.embedding_length), np.float32)
-        for number, prompt in enumerate(prompts):
-            try:
-                self._llm.observe(self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt)), record)
-            except SteerError as error:
-                raise SteerError(f"{prompt.origin or f'prompt {number + 1}'}: {error}") from None
-            if number < len(rows):
-                rows[number] = record.rows[self._at]
-            step(1)
-        counts = record.count[self._at]
+        tokens = [self._tokens(prompt, number) for number, prompt in enumerate(prompts)]
+        kept: list[NDArray[np.float32]] = []
+        total = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
+        for record in self._llm.observe_each(tokens):
+            total.add(record)
+            rows = record.rows[self._at].swapaxes(0, 1)
+            kept.append(rows[: max(KEPT - sum(map(len, kept)), 0)])
+            step(len(rows))
+        counts = total.count[self._at]
         if (counts != len(prompts)).any():
             site = self.sites[int(np.flatnonzero(counts != len(prompts))[0])]
             raise SteerError(
@@ -67,9 +68,18 @@ class NativeRecorder:
                 "run `edge-steer doctor -m MODEL` to see the sites it has"
             )
         return ClassSums(
-            len(prompts), record.sum[self._at], record.sum_unit[self._at], record.sum_norm[self._at], rows,
-            self._sink(prompts[0]),
+            len(prompts), total.sum[self._at], total.sum_unit[self._at], total.sum_norm[self._at],
+            np.concatenate(kept), self._sink(prompts[0]),
         )  # fmt: skip
+
+    def _tokens(self, prompt: Prompt, number: int) -> list[int]:
+        """The tokens of a prompt, whose number names it where its file does not. Raises SteerError for one too long."""
+        tokens = self._llm.text_tokens(self._llm.chat_template.prompt_text(prompt))
+        try:
+            check_length(self._llm, tokens)
+        except SteerError as error:
+            raise SteerError(f"{prompt.origin or f'prompt {number + 1}'}: {error}") from None
+        return tokens
 
     def _sink(self, prompt: Prompt) -> Float64:
         """(S, d) activations of a prompt's first token."""

@@ -72,9 +72,9 @@ class Divergence:
     def __init__(self, model: MeasuredModel, texts: Sequence[str] | None = None) -> None:
         self._model = model
         texts = pick_evenly(neutral_passages(), PASSAGES) if texts is None else texts
-        self._tokens = [plain_tokens(model, text)[: min(LENGTH + 1, model.n_ctx())] for text in texts]
+        self._texts = [(plain_tokens(model, text)[: min(LENGTH + 1, model.n_ctx())], 1) for text in texts]
         set_dial(model, None, None)
-        self._expected = [ReferenceDistribution.of(log_softmax(model.logits(tokens, 1))) for tokens in self._tokens]
+        self._expected = model.map_logits(self._texts, lambda _, rows: ReferenceDistribution.of(log_softmax(rows)))
 
     def at(self, name: str, angle: float) -> float:
         """With the steering `name` at `angle` and all others off."""
@@ -83,8 +83,7 @@ class Divergence:
 
     def now(self) -> float:
         """Under the dials as they stand."""
-        found = [
-            expected.divergence(log_softmax(self._model.logits(tokens, 1)))
-            for expected, tokens in zip(self._expected, self._tokens, strict=True)
-        ]
+        found = self._model.map_logits(
+            self._texts, lambda number, rows: self._expected[number].divergence(log_softmax(rows))
+        )
         return float(np.concatenate(found).mean())

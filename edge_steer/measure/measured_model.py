@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from edge_steer.steering import Steering
 if TYPE_CHECKING:
     from edge_steer.calibration.torch_recorder import TorchRecorder
     from edge_steer.chat_template import ChatTemplate
+
+T = TypeVar("T")
 
 
 class MeasuredModel(Protocol):
@@ -33,6 +35,11 @@ class MeasuredModel(Protocol):
 
     def logits(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         """Logits (len(tokens) − start, vocabulary) in place of tokens[start:], under the dials."""
+
+    def map_logits(
+        self, texts: Sequence[tuple[Sequence[int], int]], of: Callable[[int, NDArray[np.float32]], T]
+    ) -> list[T]:
+        """`of` each text's number and its logits; a text is its tokens and start."""
 
 
 class TorchModel:
@@ -63,6 +70,11 @@ class TorchModel:
         with torch.inference_mode(), steer(model, dialled):
             rows: Any = model(ids, use_cache=False).logits[0, start - 1 : -1]
         return np.asarray(rows.float().cpu().numpy())
+
+    def map_logits(
+        self, texts: Sequence[tuple[Sequence[int], int]], of: Callable[[int, NDArray[np.float32]], T]
+    ) -> list[T]:
+        return [of(number, self.logits(*each)) for number, each in enumerate(texts)]
 
 
 def set_dial(model: MeasuredModel, name: str | None, dial: float | None) -> None:

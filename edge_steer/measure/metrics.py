@@ -63,11 +63,17 @@ def probe_gaps(llm: MeasuredModel, probes: Iterable[Probe], system: str | None =
 
     system: a system prompt over each probe.
     """
-
-    def per_token(prompt: str, answer: str) -> float:
-        return float(log_probabilities(llm, *answer_tokens(llm, prompt, answer, system)).mean())
-
-    gaps = [per_token(probe.prompt, probe.positive) - per_token(probe.prompt, probe.negative) for probe in probes]
-    if not gaps:
+    texts = [
+        answer_tokens(llm, probe.prompt, answer, system)
+        for probe in probes
+        for answer in (probe.positive, probe.negative)
+    ]
+    if not texts:
         raise SteerError("expected probes to measure with, got none")
-    return np.array(gaps)
+
+    def per_token(number: int, rows: NDArray[np.float32]) -> float:
+        tokens, start = texts[number]
+        return float(pick_log_probabilities(log_softmax(rows), tokens[start:]).mean())
+
+    found = np.array(llm.map_logits(texts, per_token))
+    return np.asarray(found[0::2] - found[1::2])

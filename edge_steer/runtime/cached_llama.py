@@ -18,6 +18,7 @@ from edge_steer.runtime.engines import Engine, EngineName, HookEngine, LoraEngin
 from edge_steer.runtime.hooked_llama import HookedLlama
 from edge_steer.runtime.reading import TokenReadings
 from edge_steer.runtime.rpc import check_servers
+from edge_steer.runtime.together import TokenTree
 from edge_steer.sites import Architecture
 from edge_steer.steering import Steering
 
@@ -107,6 +108,34 @@ class CachedLlama(HookedLlama):
         self._requires_eval = every_row  # what Llama would sample from are then not the logits of the last token alone
         return rows
 
+    def evaluate_tree(self, actions: Actions, tree: TokenTree) -> NDArray[np.float32]:
+        """Evaluate texts together under `actions`: the logits (n, vocabulary) behind the n tokens that are wanted.
+
+        For who knows what llama.cpp's cache holds: nothing of it is any text's that is cached here; see `forget`.
+        Raises as `evaluate` does.
+        """
+        if self._rpc:
+            check_servers(self._rpc)
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled
+        self._engine.apply(actions)
+        batch = self._batch.batch
+        batch.n_tokens = len(tree.tokens)
+        for at, sequences in enumerate(tree.sequences):
+            batch.token[at], batch.pos[at], batch.logits[at] = tree.tokens[at], tree.positions[at], tree.wanted[at]
+            batch.n_seq_id[at] = len(sequences)
+            for i, sequence in enumerate(sequences):
+                batch.seq_id[at][i] = sequence
+        self._ctx.decode(self._batch)
+        self._engine.check()
+        rows = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(sum(tree.wanted), self._n_vocab))
+        return np.array(rows, np.float32)
+
+    @property
+    def sequences(self) -> int:
+        """How many texts may be evaluated together."""
+        return min(self._sequences, int(self._batch.n_seq_max))
+
     @property
     def all_off(self) -> Actions:
         """What the steerings do where all are off."""
@@ -132,10 +161,23 @@ class CachedLlama(HookedLlama):
             self.n_tokens = keep
             self._requires_eval = True
 
+    def forget(self, begin: int = 0) -> None:
+        """Forget all texts from their token `begin` on; of what stays, none counts as cached."""
+        self.reset()
+        memory = llama_cpp.llama_get_memory(self._ctx.ctx)
+        llama_cpp.llama_memory_seq_rm(
+            memory, -1, begin, -1
+        )  # of every sequence; llama-cpp-python's own is of the first
+
+    @property
+    def window(self) -> int:
+        """Tokens in the model's sliding window; 0 for none."""
+        return int(llama_cpp.llama_model_n_swa(self._model.model))
+
     def _slid_past(self, count: int) -> bool:
         """Whether a sliding window that is kept no larger than it must be (swa_full=False) has lost what the token
         behind the first `count` looks back to. llama.cpp cuts such a cache without a word."""
-        window = llama_cpp.llama_model_n_swa(self._model.model)
+        window = self.window
         first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._ctx.ctx), 0) if window else 0
         return bool(first > max(0, count - window + 1))
 

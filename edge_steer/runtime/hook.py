@@ -38,20 +38,28 @@ _PATH = {"auto": 0, "host": 1, "copy": 2, "device": 3, "graph": 4, "stop": 5}
 
 @dataclass(frozen=True)
 class Record:
-    """Where the hook adds the last row h at every site. Zeroed by `Record.zeros`."""
+    """Where the hook adds the last R rows h at every site, 1 or more. Zeroed by `Record.zeros`."""
 
     sum: NDArray[np.float64]  # (S, d) Σh
     sum_unit: NDArray[np.float64]  # (S, d) Σh/‖h‖
     sum_norm: NDArray[np.float64]  # (S,) Σ‖h‖
     count: NDArray[np.int64]  # (S,) rows added
-    rows: NDArray[np.float32]  # (S, d) the latest h
+    rows: NDArray[np.float32]  # (S, R, d) the latest h
 
     @classmethod
-    def zeros(cls, sites: int, width: int) -> Record:
+    def zeros(cls, sites: int, width: int, rows: int = 1) -> Record:
         return cls(
             np.zeros((sites, width)), np.zeros((sites, width)), np.zeros(sites), np.zeros(sites, np.int64),
-            np.zeros((sites, width), np.float32),
+            np.zeros((sites, rows, width), np.float32),
         )  # fmt: skip
+
+    def add(self, other: Record) -> None:
+        """Add another's sums and counts; its latest rows stay its own."""
+        for mine, its in (
+            (self.sum, other.sum), (self.sum_unit, other.sum_unit), (self.sum_norm, other.sum_norm),
+            (self.count, other.count),
+        ):  # fmt: skip
+            np.add(mine, its, out=mine)
 
 
 @dataclass(frozen=True)
@@ -160,13 +168,13 @@ class Hook:
         self._check(self._lib.steer_dial(self._pointer, number, None if action is None else _dial(action)))
 
     def record(self, to: Record | None) -> None:
-        """Record the last row of every site's tensor into `to` until called with None."""
+        """Record the last rows of every site's tensor into `to` until called with None."""
         self._record = to  # the arrays must live while the hook writes to them
         if to is None:
             self._check(self._lib.steer_set_record(self._pointer, None))
             return
         arrays = (to.sum, to.sum_unit, to.sum_norm, to.count, to.rows)
-        addresses = native.RecordAddresses(*(array.ctypes.data for array in arrays))
+        addresses = native.RecordAddresses(*(array.ctypes.data for array in arrays), to.rows.shape[1])
         self._check(self._lib.steer_set_record(self._pointer, ctypes.byref(addresses)))
 
     def read(self, readings: Sequence[Reading]) -> None:

@@ -51,7 +51,7 @@ class Closed:
 class HookedLlama(Llama):  # type: ignore[misc]
     """A llama_cpp.Llama with the hook in its context; `_hook` turns and records nothing until it is told to.
 
-    file, arch: the model's, as read_model and architecture give them. rpc, template: as for SteeredLlama.
+    file, arch: the model's, as read_model and architecture give them. rpc, template, sequences: as for SteeredLlama.
     llama: for llama_cpp.Llama.
     Raises SteerError if llama.cpp does not load the model.
     """
@@ -66,9 +66,10 @@ class HookedLlama(Llama):  # type: ignore[misc]
         *,
         rpc: Sequence[str] = (),
         template: str | None = None,
+        sequences: int = 1,
         **llama: Any,
     ) -> None:
-        self._template = template
+        self._template, self._sequences = template, sequences
         self._made = False
         self._rpc = tuple(rpc)
         devices = connect(self._rpc) if self._rpc else ()
@@ -123,6 +124,8 @@ class HookedLlama(Llama):  # type: ignore[misc]
         callback_type = type(params.cb_eval)
         params.cb_eval = callback_type(self._hook.callback)
         params.cb_eval_user_data = self._hook.user_data
+        if self._sequences > 1:
+            params.n_seq_max, params.kv_unified = self._sequences, True
         self._context_params = params
 
     def _load_own_adapter(self, path: str | None, errors: list[str]) -> None:
@@ -212,12 +215,17 @@ class HookedLlama(Llama):  # type: ignore[misc]
 
     @contextmanager
     def recording(self, record: Record) -> Iterator[None]:
-        """Within it, the last row of every batch is added to `record`."""
+        """Within it, the last rows of every batch are added to `record`."""
         self._hook.record(record)
         try:
             yield
         finally:
             self._hook.record(None)
+
+    @property
+    def hook_width(self) -> int:
+        """The model's width, of a row that is recorded."""
+        return self._hook.width
 
     @property
     def hook_sites(self) -> tuple[Site, ...]:

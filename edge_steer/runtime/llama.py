@@ -7,10 +7,10 @@ answering_llama.py the answer and its gates.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,11 @@ from edge_steer.runtime.engines import EngineName
 from edge_steer.runtime.gates_by_name import Gates, first_gates
 from edge_steer.runtime.hook import Record
 from edge_steer.runtime.hooked_llama import Closed, Message
-from edge_steer.runtime.measuring import read_logits, record_activations
+from edge_steer.runtime.measuring import map_logits, read_logits, record_activations, record_each
 from edge_steer.runtime.reading import Float32, prompt_tokens, read_tokens
 from edge_steer.runtime.self_check import check_graph_path
+
+T = TypeVar("T")
 
 
 class SteeredLlama(AnsweringLlama):
@@ -54,6 +56,7 @@ class SteeredLlama(AnsweringLlama):
     engine:   "hook": the native callback; "lora": llama.cpp's adapters, for linear operators; "auto": the hook,
               unless every layer is on a GPU and the operators are linear.
     template: a chat template in place of the model's: Jinja text, or the name of one of llama.cpp's.
+    sequences: how many texts `map_logits` and `observe_each` may evaluate together.
     rpc:      "host:port" of llama.cpp's RPC servers: the layers that n_gpu_layers asks for are spread over them and
               this machine's GPUs; every layer, where n_gpu_layers is left out.
     Everything else goes to llama_cpp.Llama, with verbose=False unless told otherwise.
@@ -73,6 +76,7 @@ class SteeredLlama(AnsweringLlama):
         engine: EngineName = "auto",
         rpc: Sequence[str] = (),
         template: str | None = None,
+        sequences: int = 1,
         **llama: Any,
     ) -> None:
         file = read_model(model_path)
@@ -89,8 +93,9 @@ class SteeredLlama(AnsweringLlama):
         warn_of_overlap(steerings)
         dials, first = first_dials(steerings, angle, angles), first_gates(steerings, gates)
         super().__init__(
-            model_path, file, arch, steerings, dials, engine=engine, scope=scope, rpc=rpc, template=template, **llama
-        )
+            model_path, file, arch, steerings, dials, engine=engine, scope=scope, rpc=rpc, template=template,
+            sequences=sequences, **llama,
+        )  # fmt: skip
         self._gates.set(first)
         if self.engine == "hook":
             check_graph_path(self)
@@ -182,6 +187,7 @@ class SteeredLlama(AnsweringLlama):
             "engine": self.engine,
             "rpc": self._rpc,
             "template": self._template,
+            "sequences": self._sequences,
         }
         if self._chose_chat_format:  # a closure, and chosen again when it is made again
             own |= {"chat_format": None, "chat_handler": None}
@@ -200,6 +206,20 @@ class SteeredLlama(AnsweringLlama):
         """
         with self.without_answer():
             return read_logits(self, tokens, start)
+
+    def map_logits(
+        self, texts: Sequence[tuple[Sequence[int], int]], of: Callable[[int, NDArray[np.float32]], T]
+    ) -> list[T]:
+        """`of` each text's number and its `logits`; a text is its tokens and start. Many short ones at once are quicker
+        than one by one, where the model was made with `sequences`."""
+        with self.without_answer():
+            return map_logits(self, texts, of)
+
+    def observe_each(self, prompts: Sequence[Sequence[int]]) -> Iterator[Record]:
+        """What `observe` records of each prompt, unsteered and in order: a Record for every few of them, its `rows` (S,
+        R, d) those of R prompts. As quick as `map_logits`."""
+        with self.without_answer():
+            yield from record_each(self, prompts)
 
     def observe(self, tokens: Sequence[int], record: Record, *, steered: bool = False) -> None:
         """Evaluate a prompt and record the activations of its last token at every site of `hook_sites`.

@@ -17,7 +17,7 @@ import edge_steer
 from edge_steer import compatibility, ggml
 from edge_steer.errors import MismatchError, SteerError
 
-ABI = 6
+ABI = 7
 _AGAIN = "pip install . again"
 
 
@@ -40,7 +40,10 @@ class GraphGgml(ctypes.Structure):
 class RecordAddresses(ctypes.Structure):
     """struct steer_record."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("sum", "sum_unit", "sum_norm", "count", "rows"))
+    _fields_ = (
+        *((name, c_void_p) for name in ("sum", "sum_unit", "sum_norm", "count", "rows")),
+        ("last", c_int64),
+    )
 
 
 class ReadingAddresses(ctypes.Structure):

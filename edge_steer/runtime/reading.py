@@ -126,6 +126,11 @@ class TokenReadings:
             [reading_at(self._steerings[name], self._sites[name], self._values[name]) for name in self._read]
         )
 
+    @property
+    def active(self) -> bool:
+        """Whether anybody wants readings now."""
+        return bool(self._read)
+
     # --- while tokens are evaluated -----------------------------------------------------------------------------
 
     def expect(self, begin: int) -> None:

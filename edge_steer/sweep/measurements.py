@@ -127,7 +127,7 @@ def _project_on_direction(
     record = Record.zeros(len(llm.hook_sites), steering.base.embedding_length)
     llm.observe(tokens, record, steered=steered)
     where = {site: number for number, site in enumerate(llm.hook_sites)}
-    h = record.rows[[where[site] for site in steering.steered]].astype(np.float64)
+    h = record.rows[[where[site] for site in steering.steered], 0].astype(np.float64)
     b1 = steering.basis[steering.site_plane[steering.mask], 0]
     return np.asarray((h * b1).sum(-1) / steering.mean_norm[steering.mask])
 

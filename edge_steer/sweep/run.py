@@ -17,6 +17,7 @@ from edge_steer.export.progress import Progress
 from edge_steer.measure.evaluation_set import QUICK_SIZES, EvaluationSet, EvaluationSizes, build_evaluation_set
 from edge_steer.prompts import PromptSet
 from edge_steer.runtime.llama import SteeredLlama
+from edge_steer.runtime.together import SEQUENCES
 from edge_steer.steering import Steering, save_all
 from edge_steer.sweep.budget import Budget
 from edge_steer.sweep.curve import Curve, with_safe_range
@@ -121,8 +122,9 @@ def _open_model(path: str, steerings: Sequence[Steering], parameters: dict[str, 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*overlap")
         llm = SteeredLlama(
-            path, steering=steerings, angles={each.name: None for each in steerings}, engine="hook", **parameters
-        )
+            path, steering=steerings, angles={each.name: None for each in steerings}, engine="hook",
+            sequences=SEQUENCES, **parameters,
+        )  # fmt: skip
     if llm.chat_template.is_plain:
         note(PLAIN_TEMPLATE_NOTE)
     return llm

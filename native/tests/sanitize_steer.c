@@ -120,7 +120,7 @@ static void every_operator_on_every_path(void) {
 
 static void recording(void) {
     struct model *m = open_model();
-    struct steer_record all = {m->sum, m->sum_unit, m->sum_norm, m->count, m->last}, none = {0};
+    struct steer_record all = {m->sum, m->sum_unit, m->sum_norm, m->count, m->last, 1}, none = {.last = 1};
     for (int32_t path = STEER_PATH_HOST; path <= STEER_PATH_COPY; path++) {
         CHECK(steer_set_path(m->hook, path) == STEER_OK);
         CHECK(steer_set_record(m->hook, &all) == STEER_OK && decode(m) == SITES);

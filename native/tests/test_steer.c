@@ -316,7 +316,7 @@ static void the_recorder_sums_the_last_row_before_it_is_turned(void) {
         float latest[SITES * D] = {0};
         steer_hook *hook = new_hook(true);
         steer_dial(hook, add(hook, STEER_TURN_BY, basis), (const double[]){-2, 0, 0});
-        const struct steer_record to = {sum, sum_unit, sum_norm, count, latest};
+        const struct steer_record to = {sum, sum_unit, sum_norm, count, latest, 1};
         CHECK(steer_set_record(hook, &to) == STEER_OK);
         for (int k = 0; k < ROWS * D; k++) (&rows[0][0])[k] = noise();
         memcpy(last, rows[ROWS - 1], sizeof last);
@@ -329,13 +329,41 @@ static void the_recorder_sums_the_last_row_before_it_is_turned(void) {
         }
         CHECK(fabs(sum_norm[1] - sqrt(square)) < 1e-9 && fabs(unit - 1) < 1e-9);
         CHECK(memcmp(last, rows[ROWS - 1], sizeof last) != 0);
-        const struct steer_record nothing = {0};
+        const struct steer_record nothing = {.last = 1};
         CHECK(steer_set_record(hook, &nothing) == STEER_OK && pass(hook, &t));
         CHECK(steer_set_record(hook, NULL) == STEER_OK && steer_dial(hook, 0, NULL) == STEER_OK);
         CHECK(!steer_eval(&t, true, hook) && count[1] == 1);
         steer_free(hook);
     }
     CHECK(fake_alive == 0);
+}
+
+static void the_recorder_takes_as_many_last_rows_as_it_is_asked_for(void) {
+    float basis[SITES][2][D], rows[ROWS][D], latest[SITES][ROWS + 1][D];
+    fill_planes(basis);
+    for (int far_off = 0; far_off < 2; far_off++) {
+        for (int64_t asked = 1; asked <= ROWS + 1; asked++) { /* the last time more than there are */
+            const int64_t expected = asked < ROWS ? asked : ROWS;
+            double sum[SITES * D] = {0};
+            int64_t count[SITES] = {0};
+            steer_hook *hook = new_hook(true);
+            const struct steer_record to = {.sum = sum, .count = count, .rows = &latest[0][0][0], .last = asked};
+            CHECK(steer_set_record(hook, &to) == STEER_OK);
+            for (int k = 0; k < ROWS * D; k++) (&rows[0][0])[k] = noise();
+            struct ggml_tensor t = tensor("ffn_norm-0", far_off ? &far : &host, &rows[0][0], ROWS);
+            CHECK(pass(hook, &t) && count[1] == expected && count[0] == 0);
+            const float *found = &latest[0][0][0] + asked * D; /* of site 1 */
+            CHECK(memcmp(found, rows[ROWS - expected], (size_t)(expected * D) * sizeof(float)) == 0);
+            for (int i = 0; i < D; i++) {
+                double total = 0;
+                for (int64_t k = ROWS - expected; k < ROWS; k++) total += (double)rows[k][i];
+                CHECK(fabs(sum[D + i] - total) < 1e-12);
+            }
+            const struct steer_record none_asked = {.last = 0};
+            CHECK(steer_set_record(hook, &none_asked) == STEER_BAD_ARGUMENT);
+            steer_free(hook);
+        }
+    }
 }
 
 static void readings_are_of_every_row_before_it_is_turned(void) {
@@ -457,7 +485,7 @@ static void a_product_or_a_sum_is_turned_by_the_node_that_computes_it(void) {
         CHECK(reached[2] == 3 && turned[2] == 3 * n);
 
         float latest[SITES][D]; /* while recording it is turned afterwards */
-        const struct steer_record record = {.rows = &latest[0][0]};
+        const struct steer_record record = {.rows = &latest[0][0], .last = 1};
         memcpy(inside, x, sizeof x);
         CHECK(steer_set_record(hook, &record) == STEER_OK && steer_eval(&t, true, hook) && t.op == op);
         compute(&t, 1);
@@ -591,6 +619,7 @@ int main(void) {
     bad_arguments_are_refused_and_leave_the_hook_as_it_was();
     nodes_are_known_by_address_and_name();
     the_recorder_sums_the_last_row_before_it_is_turned();
+    the_recorder_takes_as_many_last_rows_as_it_is_asked_for();
     readings_are_of_every_row_before_it_is_turned();
     a_product_or_a_sum_is_turned_by_the_node_that_computes_it();
     what_cannot_be_turned_inside_the_graph_is_turned_afterwards();
