@@ -26,6 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
+from machine import gpu_names
 
 from edge_steer.calibration import calibrate
 from edge_steer.calibration.cached_recorder import CachedRecorder
@@ -248,6 +249,8 @@ def judge_texts(
     found["repetition"] = {
         name: float(np.mean([repetition(each) for each in all_])) for name, all_ in found["texts"].items()
     }
+    if run["n_gpu_layers"]:
+        found["where"] = gpu_names()
     file.write_text(json.dumps(found, indent=1))
     print_note(f"{model}, {preset}, {name}: " + str({at: positive(scores) for at, scores in found["judged"].items()}))
 

@@ -36,7 +36,8 @@ def write_page(top: Path, results: Path = RESULTS) -> None:
         "probes. Probes and neutral passages are others than calibration measured on. *default* is what `calibrate "
         "--preset` makes; *former default* is rotation at the norms before attention; *addition* is the better of "
         "attention norms and residual stream; *ablation* has no dial and *system prompt* asks for the trait in words: "
-        "both cost what they cost.",
+        "both cost what they cost. *standard* and *adaptive* turn to an angle, so none of their dials is a small turn: "
+        "they have no place at a budget.",
         "",
         *headline(rows, models),
         "",
@@ -160,6 +161,7 @@ def texts_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
     found = [each for each in found if "judged" in each[1]]
     if not found:
         return []
+    places = sorted({each["where"] for _, each, _ in found if "where" in each})
     lines = [
         "## Texts",
         "",
@@ -168,7 +170,8 @@ def texts_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
         "Judged by Qwen2.5-Coder-1.5B, unsteered: the share of answers whose log-odds of yes over no are higher for "
         "the positive end's name than for the negative's (\"Is the tone of this answer cheerful? Say yes or no.\"). "
         "*Wrong way*: the share of answers at an end whose score moved against the turn. Refusals are counted by their "
-        "phrases, repetition is the share of repeated 4-grams.",
+        "phrases, repetition is the share of repeated 4-grams. "
+        + (f"\\*: on another machine ({'; '.join(places)})." if places else ""),
         "",
         "| model | preset | | judged positive at −1 | −½ | off | +½ | +1 | wrong way − / + | refusals − / off / + | "
         "repetition − / off / + |",
@@ -189,7 +192,15 @@ def texts_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
             ]
             refusals = " / ".join(str(each["refusals"][name]) for name in ("-1", "0", "+1"))
             repeated = " / ".join(f"{each['repetition'][name]:.2f}" for name in ("-1", "0", "+1"))
-            cells = [model, row["preset"], how, *shares, " / ".join(wrong), refusals, repeated]
+            cells = [
+                model,
+                row["preset"],
+                f"{how}{' *' if 'where' in each else ''}",
+                *shares,
+                " / ".join(wrong),
+                refusals,
+                repeated,
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *examples([(row, each) for row, each, how in found if how == "greedy"])]
 

@@ -7,7 +7,6 @@ python benchmarks/speed.py --quick                     # SmolLM2-135M alone, wit
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import platform
@@ -20,6 +19,7 @@ from types import ModuleType
 
 import click
 import llama_cpp
+from machine import gpu_names
 from page import write_part
 from timing import answers, calibration, decoding, shapes
 from timing.picture import draw
@@ -27,7 +27,6 @@ from timing.rounds import Row, Times, rounds_of, shares, table
 from timing.several import several_rows
 
 import edge_steer
-from edge_steer import ggml
 from edge_steer.fetch import resolve
 from edge_steer.steering import Steering
 
@@ -188,12 +187,6 @@ def section(title: str, rows: Sequence[Row], times: Times, metrics: Mapping[str,
     return [f"#### {title}", f"Rounds: {' or '.join(map(str, counts))}.", "\n".join(table(rows, times, metrics))]
 
 
-def gpu_names() -> list[str]:
-    describe = ggml.base().ggml_backend_dev_description
-    describe.restype, describe.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    return [describe(device).decode() for device in ggml.local_devices(ggml.GPU)]
-
-
 def setting(threads: int, gpu_layers: int) -> str:
     """When, where and with what."""
     try:
@@ -202,7 +195,7 @@ def setting(threads: int, gpu_layers: int) -> str:
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    on = f"{gpu_layers} layers on {', '.join(gpu_names())}, " if gpu_layers else ""
+    on = f"{gpu_layers} layers on {gpu_names()}, " if gpu_layers else ""
     return (
         f"{on}{datetime.date.today()}, {processor}, {cores} cores, {platform.system()} {platform.machine()}, "
         f"{threads} threads, edge-steer {edge_steer.__version__}, llama-cpp-python {llama_cpp.__version__}."
