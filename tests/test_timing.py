@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from page import write_part
+from timing.decoding import Contexts
 from timing.picture import draw
 from timing.rounds import Row, Share, rounds_of, table
 from timing.shapes import SHAPES, build
@@ -81,16 +83,22 @@ def test_a_shape_s_gguf_has_its_sizes(tmp_path: Path, monkeypatch: pytest.Monkey
     from timing import shapes
 
     monkeypatch.setenv("EDGE_STEER_CACHE", str(tmp_path))
-    small = shapes.Shape("Small", 2, 256, 512, 4, 2, vocabulary=300, context=512)
+    small = shapes.Shape("Small", 12, 256, 512, 4, 2, vocabulary=300, context=512)
     monkeypatch.setitem(SHAPES, "small", small)
     path = build("small")
     file = read_model(path)
-    assert (file.block_count, file.embedding_length, file.context_length) == (2, 256, 512)
-    assert len(file.tensors) == 2 + 2 * 9
+    assert (file.block_count, file.embedding_length, file.context_length) == (12, 256, 512)
+    assert len(file.tensors) == 2 + 12 * 9
     assert [each.shape for each in file.tensors if each.name == "blk.1.ffn_up.weight"] == [(256, 512)]
     changed = path.stat().st_mtime_ns
     assert build("small") == path
     assert path.stat().st_mtime_ns == changed
+    with ExitStack() as stack:  # it can be steered, which is what it is for
+        contexts = Contexts(path, 1, 0, stack)
+        contexts.hooked.eval([1, 2, 3])
+        with contexts.on("every-0"):
+            contexts.hooked.eval([4])
+        assert contexts.hooked.sites_hit == len(contexts.every)
 
 
 def test_each_benchmark_replaces_its_own_part_of_the_page(tmp_path: Path) -> None:

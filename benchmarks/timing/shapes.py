@@ -1,7 +1,7 @@
 """GGUFs with the shape of a known model and random weights: what a speed costs, without the download.
 
 A block of each weight's rows is drawn and quantized once, then repeated: a matrix product takes as long whatever the
-numbers. There is no vocabulary, tokens are numbers.
+numbers. Its words are numbered too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SHAPES = {
 def build(name: str) -> Path:
     """The GGUF of SHAPES[name] as Q4_0 (embeddings Q6_K, norms F32, as llama.cpp makes it); made once, then cached."""
     shape = SHAPES[name]
-    path = cache_dir() / "benchmarks" / f"{shape.name}-shape.Q4_0.gguf"
+    path = cache_dir() / "benchmarks" / f"{shape.name}-random.Q4_0.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
@@ -71,8 +71,7 @@ def _write(path: Path, shape: Shape) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(5e5)
     writer.add_rope_dimension_count(shape.head_width)
-    writer.add_vocab_size(shape.vocabulary)
-    writer.add_tokenizer_model("no_vocab")
+    _add_vocabulary(writer, shape.vocabulary)
     weights = list(_weights(shape))
     for tensor, rows, width, kind in weights:
         bytes_ = (rows, tensor_types.row_bytes(kind, width))
@@ -86,6 +85,20 @@ def _write(path: Path, shape: Shape) -> None:
     for _, rows, width, kind in weights:
         writer.write_tensor_data(_values(rng, rows, width, kind))
     writer.close()
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """The bytes, and numbered words that nobody says: without a vocabulary no model is steered."""
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = [f"word{number}" for number in range(size - len(special) - len(bytes_))]
+    types = {gguf.TokenType.CONTROL: special, gguf.TokenType.BYTE: bytes_, gguf.TokenType.NORMAL: words}
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*special, *bytes_, *words])
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types([kind for kind, tokens in types.items() for _ in tokens])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _weights(shape: Shape) -> Iterator[tuple[str, int, int, int]]:
