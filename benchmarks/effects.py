@@ -43,7 +43,7 @@ from edge_steer.measure.evaluation_set import pick_evenly
 from edge_steer.measure.measured_model import set_dial
 from edge_steer.measure.metrics import log_softmax, probe_gaps
 from edge_steer.measure.text_quality import repetition
-from edge_steer.preset import PRESETS, load_preset, neutral_passages, preset_names
+from edge_steer.preset import PRESETS, load_axis, load_preset, neutral_passages, preset_names
 from edge_steer.prompts import Probe
 from edge_steer.runtime.answer import Sampling
 from edge_steer.runtime.chat import generate_answer
@@ -201,7 +201,8 @@ def mean_of(change: Any) -> Cell:
 
 def sites_of(steering: Steering) -> str:
     if steering.made.candidates:
-        return steering.made.candidates[0] + (", no refusal" if steering.made.orthogonal_to else "")
+        without = " or ".join(steering.made.orthogonal_to)
+        return steering.made.candidates[0] + (f", no {without}" if without else "")
     kinds = sorted({site.kind for site in steering.steered})
     return f"{'+'.join(kinds)} {steering.plane}"
 
@@ -317,7 +318,7 @@ def candidates(model: str, preset: str, folder: Path, run: dict[str, Any]) -> No
     if file.exists() or not (folder / "effects.json").exists():
         return
     ours = next(each for each in steerings_of(model, preset, folder, run) if each.name == OURS)
-    axes = [load_preset(name) for name in ours.made.orthogonal_to]
+    axes = [load_axis(name) for name in ours.made.orthogonal_to]
     with closing(NativeRecorder(resolve(model, fetch=True), sites=RECORDED_SITES, **run)) as recorder:
         made = calibrate_candidates(
             CachedRecorder(recorder), load_preset(preset), orthogonal_to=axes, step=lambda _: None, note=print_note

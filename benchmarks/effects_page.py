@@ -129,7 +129,7 @@ def choice_part(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
         for row, each in found:
             if row["model"] != model:
                 continue
-            chosen = row[OURS]["sites"].removesuffix(", no refusal")
+            chosen = row[OURS]["sites"].partition(",")[0]
             best = max(each.values())
             right += each[chosen] == best
             lost.append(1 - each[chosen] / best)

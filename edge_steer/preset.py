@@ -8,9 +8,10 @@ from pathlib import Path
 
 from edge_steer.errors import SteerError
 from edge_steer.prompt_files import read_probes, read_prompts, read_text
-from edge_steer.prompts import PromptSet
+from edge_steer.prompts import Prompt, PromptSet
 
 PRESETS = Path(__file__).parent / "presets"
+APOLOGY = "apology"
 
 
 def preset_names() -> tuple[str, ...]:
@@ -33,6 +34,22 @@ def load_preset(name: str) -> PromptSet:
         negative=read_prompts(folder / "negative.jsonl"),
         probes=read_probes(folder / "probes.jsonl"),
     )
+
+
+def load_axis(name: str) -> PromptSet:
+    """What can be projected out of directions by name: a preset, or `apology`. Raises SteerError for any other name."""
+    return _apologies() if name == APOLOGY else load_preset(name)
+
+
+def _apologies() -> PromptSet:
+    """Answers that are to begin with an apology, against other answers to the same questions: of what a model cannot
+    know of itself and its day, so that many are answered so anyway."""
+    questions = read_text(PRESETS / "apology.txt").splitlines()
+    positive, negative = (
+        tuple(Prompt(f"Begin your answer with “{opening}”. {question}") for question in questions)
+        for opening in ("I'm sorry, but", "Well,")
+    )
+    return PromptSet(APOLOGY, "Answers that begin with an apology", "apologetic", "plain", positive, negative)
 
 
 def neutral_passages() -> tuple[str, ...]:

@@ -146,6 +146,22 @@ def found_dial(found: Any, candidate: Candidate) -> float:
     return next(float(each.high.angle) for each in found if each.candidate == candidate)
 
 
+@pytest.mark.parametrize("is_near", [True, False])
+def test_refusals_and_apologies_are_projected_out_where_a_model_is_near_refusing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_near: bool
+) -> None:
+    pytest.importorskip("torch")
+    import tiny
+
+    monkeypatch.setattr("edge_steer.calibration.pipeline.is_near_refusing", lambda model: is_near)
+    engine = NativeEngine(str(tiny.build("llama", tmp_path).gguf_path), {"n_ctx": 512, "n_threads": 1})
+    notes: list[str] = []
+    options = CalibrationOptions(orthogonal_to=None, sites="layer_out", dial=False)
+    found = calibrate_model(engine, PROMPTS, options, note=notes.append)
+    assert found.made.orthogonal_to == (("refusal", "apology") if is_near else ())
+    assert any("refusals and apologies are projected out" in each for each in notes) == is_near
+
+
 def test_what_is_given_is_not_measured(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     import tiny

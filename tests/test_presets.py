@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from edge_steer.cli.presets import presets
 from edge_steer.errors import SteerError
-from edge_steer.preset import load_preset, neutral_passages, preset_names
+from edge_steer.preset import PRESETS, load_axis, load_preset, neutral_passages, preset_names
 
 NAMES = ("confidence", "formality", "refusal", "sentiment", "verbosity", "warmth")
 
@@ -45,6 +45,20 @@ def test_there_are_neutral_passages_enough_and_none_twice() -> None:
     passages = neutral_passages()
     assert len(set(passages)) == len(passages) >= 40
     assert all(passage == passage.strip() != "" for passage in passages)
+
+
+def test_an_apology_is_asked_for_in_answers_to_questions_of_no_preset() -> None:
+    axis = load_axis("apology")
+    assert len(axis.positive) == len(axis.negative) >= 8
+    questions = (PRESETS / "apology.txt").read_text(encoding="utf-8").splitlines()
+    for sorry, plain, question in zip(axis.positive, axis.negative, questions, strict=True):
+        assert sorry.prompt != plain.prompt
+        assert sorry.prompt.endswith(question)
+        assert plain.prompt.endswith(question)
+    used = {probe.prompt for name in NAMES for probe in load_preset(name).probes}
+    used |= set((PRESETS / "open_ended.txt").read_text(encoding="utf-8").splitlines())
+    assert not used & set(questions)  # on what steerings are measured on, nothing is made
+    assert load_axis("warmth") == load_preset("warmth")
 
 
 @pytest.mark.parametrize("name", ["none", "", "..", "../presets/sentiment"])

@@ -27,20 +27,21 @@ from edge_steer.measure.divergence import Divergence
 from edge_steer.measure.evaluation_set import pick_evenly
 from edge_steer.measure.measured_model import MeasuredModel
 from edge_steer.measure.metrics import probe_gaps
-from edge_steer.preset import load_preset, preset_names
+from edge_steer.preset import APOLOGY, load_axis, load_preset, preset_names
 from edge_steer.prompt_files import prompt_set
 from edge_steer.prompts import PromptSet
 from edge_steer.steering import Steering
 
 REFUSAL = "refusal"
+_REFUSALS = 16  # prompts of each class of the preset, from which its direction is made
 _REFUSAL_PROBES = 6
 _NEAR_REFUSING = 0.5  # nats per token
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What a user asks of calibration; None: as measured best. orthogonal_to: what is projected out; None: the refusal
-    preset, where the model is near refusing (`is_near_refusing`).
+    """What a user asks of calibration; None: as measured best. orthogonal_to: what is projected out; None: refusals and
+    apologies, where the model is near refusing (`is_near_refusing`).
 
     dial: whether a default angle and a provisional range are measured.
     """
@@ -84,7 +85,7 @@ def load_axes(given: Sequence[str], preset: str | None) -> list[PromptSet | Stee
         return None if preset not in (None, REFUSAL) else []
     if tuple(given) == ("none",):
         return []
-    return [load_preset(each) if each in preset_names() else Steering.load(each) for each in given]
+    return [load_axis(each) if each in (*preset_names(), APOLOGY) else Steering.load(each) for each in given]
 
 
 def is_near_refusing(model: MeasuredModel) -> bool:
@@ -119,7 +120,7 @@ def calibrate_model(
         if engine.uses_plain_template():
             note(PLAIN_TEMPLATE_NOTE)
         if options.orthogonal_to is None:
-            options = replace(options, orthogonal_to=_refusal_axis(engine.unsteered_model(), note))
+            options = replace(options, orthogonal_to=_refusal_axes(engine.unsteered_model(), note))
         if options.chooses_sites:
             steering = _choose_sites(engine, CachedRecorder(recorder), prompts, options, progress, note)
             steering = steering.with_(name=prompts.name if name is None else name)
@@ -132,12 +133,12 @@ def calibrate_model(
         return steering
 
 
-def _refusal_axis(model: MeasuredModel, note: Callable[[str], object]) -> tuple[PromptSet, ...]:
-    """The refusal preset where the model is near refusing, to be projected out."""
+def _refusal_axes(model: MeasuredModel, note: Callable[[str], object]) -> tuple[PromptSet, ...]:
+    """Refusals and apologies where the model is near refusing, to be projected out."""
     if not is_near_refusing(model):
         return ()
-    note("this model is near refusing: the direction of refusals is projected out (--orthogonal-to)")
-    return (load_preset(REFUSAL),)
+    note("this model is near refusing: refusals and apologies are projected out (--orthogonal-to)")
+    return (load_preset(REFUSAL).first(_REFUSALS), load_axis(APOLOGY))
 
 
 def _choose_sites(

@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     "--orthogonal-to",
     multiple=True,
     metavar="PRESET|FILE",
-    help="Project this preset's or steering's direction out; repeats; none for nothing.  [default: refusal, for "
-    "another preset on a model that is near refusing]",
+    help="Project the direction of this preset, of apology, or of a steering out; repeats; none for nothing.  "
+    "[default: refusal and apology, for another preset on a model that is near refusing]",
 )
 @click.option(
     "--gate", metavar="GATE", help="When it acts in an answer, such as @response or @after-thinking@first:50."
