@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -132,6 +133,24 @@ def test_they_leave_nothing_behind(model: Path) -> None:
     list(llm.observe_each([tokens for tokens, _ in texts]))
     tokens = texts[1][0]
     assert next(llm.generate(tokens, temp=0)) == next(fresh.generate(tokens, temp=0))
+
+
+def test_who_leaves_in_the_middle_leaves_nothing_behind(model: Path) -> None:
+    """While the error, and with it the frames that failed, is still held."""
+    llm, fresh = opened(model, SEQUENCES, "selective"), opened(model, 1, "selective")
+    texts = some_texts()
+
+    def fail(number: int, rows: NDArray[np.float32]) -> None:
+        if number == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as left:
+        llm.map_logits(texts, fail)
+    memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
+    assert [llama_cpp.llama_memory_seq_pos_max(memory, number) for number in range(SEQUENCES)] == [-1] * SEQUENCES
+    assert_close([llm.logits(*texts[5])], [fresh.logits(*texts[5])])
+    del left
+    assert llm.n_tokens > 0
 
 
 def test_what_does_not_go_together_is_evaluated_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ class NativeRecorder:
         tokens = [self._tokens(prompt, number) for number, prompt in enumerate(prompts)]
         kept: list[NDArray[np.float32]] = []
         total = Record.zeros(len(self._llm.hook_sites), self.base.embedding_length)
-        for record in self._llm.observe_each(tokens):
-            total.add(record)
-            rows = record.rows[self._at].swapaxes(0, 1)
-            kept.append(rows[: max(KEPT - sum(map(len, kept)), 0)])
-            step(len(rows))
+        with closing(self._llm.observe_each(tokens)) as records:
+            for record in records:
+                total.add(record)
+                rows = record.rows[self._at].swapaxes(0, 1)
+                kept.append(rows[: max(KEPT - sum(map(len, kept)), 0)])
+                step(len(rows))
         counts = total.count[self._at]
         if (counts != len(prompts)).any():
             site = self.sites[int(np.flatnonzero(counts != len(prompts))[0])]

@@ -7,7 +7,7 @@ answering_llama.py the answer and its gates.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -215,9 +215,9 @@ class SteeredLlama(AnsweringLlama):
         with self.without_answer():
             return map_logits(self, texts, of)
 
-    def observe_each(self, prompts: Sequence[Sequence[int]]) -> Iterator[Record]:
+    def observe_each(self, prompts: Sequence[Sequence[int]]) -> Generator[Record]:
         """What `observe` records of each prompt, unsteered and in order: a Record for every few of them, its `rows` (S,
-        R, d) those of R prompts. As quick as `map_logits`."""
+        R, d) those of R prompts. As quick as `map_logits`. Close it where it is left before its end."""
         with self.without_answer():
             yield from record_each(self, prompts)
 

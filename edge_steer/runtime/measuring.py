@@ -6,7 +6,8 @@ model was opened for that (`sequences`), as many are evaluated at once as fit (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -110,14 +111,15 @@ def map_logits(
         return [of(number, read_logits(llm, *each)) for number, each in enumerate(asked)]
     actions = llm.angles.actions()
     found: list[T] = []
-    for tree in _trees(llm, texts, actions):
-        logits = llm.evaluate_tree(actions, tree)
-        for rows in tree.rows:
-            found.append(of(len(found), logits[rows]))
+    with closing(_trees(llm, texts, actions)) as trees:
+        for tree in trees:
+            logits = llm.evaluate_tree(actions, tree)
+            for rows in tree.rows:
+                found.append(of(len(found), logits[rows]))
     return found
 
 
-def record_each(llm: SteeredLlama, prompts: Sequence[Sequence[int]]) -> Iterator[Record]:
+def record_each(llm: SteeredLlama, prompts: Sequence[Sequence[int]]) -> Generator[Record]:
     """The unsteered activations of the last tokens of all prompts, in their order: a Record for every few of them."""
     sites, width = len(llm.hook_sites), llm.hook_width
     for tokens in prompts:
@@ -129,11 +131,12 @@ def record_each(llm: SteeredLlama, prompts: Sequence[Sequence[int]]) -> Iterator
             record_activations(llm, tokens, record)
             yield record
         return
-    for tree in _trees(llm, texts, llm.all_off):
-        record = Record.zeros(sites, width, len(tree.rows))
-        with llm.recording(record):
-            llm.evaluate_tree(llm.all_off, tree)
-        yield record
+    with closing(_trees(llm, texts, llm.all_off)) as trees:
+        for tree in trees:
+            record = Record.zeros(sites, width, len(tree.rows))
+            with llm.recording(record):
+                llm.evaluate_tree(llm.all_off, tree)
+            yield record
 
 
 def _fit_together(llm: SteeredLlama, texts: Sequence[Text]) -> bool:
@@ -151,8 +154,11 @@ def _room(llm: SteeredLlama) -> int:
     return int(min(TOKENS, llm.n_batch, llm.context_params.n_ubatch))
 
 
-def _trees(llm: SteeredLlama, texts: Sequence[Text], actions: Actions) -> Iterator[TokenTree]:
-    """All texts, in batches that whoever is given them evaluates; what all begin with is evaluated under `actions`."""
+def _trees(llm: SteeredLlama, texts: Sequence[Text], actions: Actions) -> Generator[TokenTree]:
+    """All texts, in batches that whoever is given them evaluates; what all begin with is evaluated under `actions`.
+
+    To be closed by whom it is given to: only then does the cache hold nothing of theirs.
+    """
     head = head_length(texts)
     llm.forget()
     try:
